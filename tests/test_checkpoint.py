@@ -1,0 +1,455 @@
+"""Checkpoints are complete or absent, and training goes on from one bit by bit.
+
+Run as a program (`python tests/test_checkpoint.py FOLDER`, once per rank) it is the two-rank half of the tests.
+"""
+
+import errno
+import json
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toy
+
+from sft import checkpoint, engine
+from sft.checkpoint import Progress
+from sft.config import TrainConfig, UserError
+from sft.finite import DivergedError
+
+HALF = toy.TOTAL_STEPS // 2
+PROGRESS = Progress(epoch=1, num_epochs=2, step=HALF, best_dice=0.5, best_epoch=1, figures={"base_dice": 0.25})
+ONE_RANK_CASES = [(1, False, "bf16"), (2, False, "bf16"), (2, False, "fp32"), (3, False, "bf16"), (2, True, "bf16")]
+TWO_RANK_CASES = [(2, False, "bf16"), (2, False, "fp32"), (3, False, "bf16")]
+
+
+def write_model(directory):
+    (directory / "adapter_config.json").write_text("{}")
+    (directory / "adapter_model.safetensors").write_bytes(b"weights")
+
+
+def draws():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def everything(ds_engine):
+    """Masters and AdamW's moments, counters, and compute copies."""
+    return engine.training_tensors(ds_engine), engine.trainable_state(ds_engine)
+
+
+def first_difference(one, other):
+    """Path to the first value that is not equal bit by bit; None if there is none."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        found = (f"{key}: {what}" for key in one if (what := first_difference(one[key], other[key])))
+        return next(found, None)
+    equal = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    return None if equal else f"{one} != {other}"
+
+
+def difference_after_resume(ranks, folder, stage, offload, precision):
+    """Trains 6 steps with a save after 3, then 3 from that save on an engine that started elsewhere."""
+    settings = toy.config(folder, stage, offload, precision=precision)
+    directory = folder / f"checkpoint_{stage}_{offload}_{precision}"
+    uninterrupted = toy.build(settings, ranks, dropout=0.2)
+    toy.train(uninterrupted, settings, ranks, range(HALF))
+    checkpoint.save(directory, uninterrupted, ranks, write_model, PROGRESS)
+    losses = toy.train(uninterrupted, settings, ranks, range(HALF, toy.TOTAL_STEPS))
+    expected = {"losses": losses, "draws": draws(), "state": dict(enumerate(everything(uninterrupted)))}
+    resumed = toy.build(settings, ranks, other_start=True, dropout=0.2)
+    assert checkpoint.load(directory, resumed, ranks) == PROGRESS
+    losses = toy.train(resumed, settings, ranks, range(HALF, toy.TOTAL_STEPS))
+    actual = {"losses": losses, "draws": draws(), "state": dict(enumerate(everything(resumed)))}
+    return first_difference(expected, actual)
+
+
+def half_run(ranks, folder, per_rank):
+    """fp32, no dropout: saves after 3 steps as `folder`/half, and the state after 6 steps beside it."""
+    settings = toy.config(folder, precision="fp32", batch_size=per_rank)
+    ds_engine = toy.build(settings, ranks)
+    toy.train(ds_engine, settings, ranks, range(HALF))
+    checkpoint.save(folder / "half", ds_engine, ranks, write_model, PROGRESS)
+    toy.train(ds_engine, settings, ranks, range(HALF, toy.TOTAL_STEPS))
+    save_state(ranks, ds_engine, folder / "end.pt")
+
+
+def other_half(ranks, directory, folder, per_rank, stage):
+    """The other three steps from a checkpoint that another number of ranks wrote."""
+    settings = toy.config(folder, stage, precision="fp32", batch_size=per_rank)
+    ds_engine = toy.build(settings, ranks, other_start=True)
+    checkpoint.load(directory, ds_engine, ranks)
+    toy.train(ds_engine, settings, ranks, range(HALF, toy.TOTAL_STEPS))
+    save_state(ranks, ds_engine, folder / "resumed.pt")
+
+
+def save_state(ranks, ds_engine, path):
+    state = engine.training_tensors(ds_engine)
+    if ranks.is_main:
+        torch.save(state, path)
+
+
+def two_ranks(folder):
+    """What each of two ranks does; `one` holds a half run of one rank, `two` gets one of two ranks."""
+    ranks = engine.start(TrainConfig(precision="fp32"))
+    own = folder / f"rank{ranks.rank}"
+    own.mkdir()
+    found = {}
+    for case in TWO_RANK_CASES:
+        shared = folder / f"bitwise_{case[0]}_{case[2]}"
+        shared.mkdir(exist_ok=True)
+        found[str(case)] = difference_after_resume(ranks, shared, *case)
+    half_run(ranks, folder / "two", per_rank=2)
+    other_half(ranks, folder / "one" / "half", folder / "two", per_rank=2, stage=3)
+    found["failed write"] = failed_write(ranks, folder / "two")
+    (own / "found.json").write_text(json.dumps(found))
+    engine.barrier()
+    engine.shut_down()
+
+
+def failed_write(ranks, folder):
+    """The type of the error on this rank when the main rank's disk is full."""
+
+    def full_disk(directory):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ds_engine = toy.build(toy.config(folder, precision="fp32"), ranks)
+    try:
+        checkpoint.save(folder / "half", ds_engine, ranks, full_disk, PROGRESS)
+    except UserError as error:
+        return f"{error}"
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    before = dict(os.environ)
+    yield engine.start(TrainConfig(precision="fp32"))
+    engine.shut_down()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def pair(ranks, tmp_path_factory):
+    """The folder in which two ranks have done their part, and what they printed."""
+    if torch.cuda.device_count() == 1:
+        pytest.skip("two ranks need two GPUs or none")
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "one").mkdir()
+    (folder / "two").mkdir()
+    half_run(ranks, folder / "one", per_rank=4)
+    outputs = toy.run_ranks(__file__, str(folder))
+    found = [json.loads((folder / f"rank{rank}" / "found.json").read_text()) for rank in range(2)]
+    return folder, outputs, found
+
+
+@pytest.fixture
+def saved(ranks, tmp_path):
+    """A run directory with checkpoint_best, and its engine."""
+    run = tmp_path / "lora_sft_20250101_000000"
+    run.mkdir()
+    ds_engine = toy.build(toy.config(tmp_path), ranks)
+    checkpoint.save(run / "checkpoint_best", ds_engine, ranks, write_model, PROGRESS)
+    return run, ds_engine
+
+
+def fake(directory, epoch, step=None, num_epochs=3):
+    """A complete checkpoint without tensors."""
+    directory.mkdir(parents=True)
+    progress = {"epoch": epoch, "num_epochs": num_epochs, "step": step or epoch * 10}
+    record = {"format": checkpoint.FORMAT, "progress": progress, "files": {"a.txt": 1}}
+    (directory / "a.txt").write_text("a")
+    (directory / "checkpoint.json").write_text(json.dumps(record))
+    return directory
+
+
+# Going on as if never stopped
+
+
+@pytest.mark.parametrize(("stage", "offload", "precision"), ONE_RANK_CASES)
+def test_one_rank_resumes_bit_by_bit(ranks, tmp_path, stage, offload, precision):
+    assert difference_after_resume(ranks, tmp_path, stage, offload, precision) is None
+
+
+@pytest.mark.parametrize("case", TWO_RANK_CASES, ids=str)
+def test_two_ranks_resume_bit_by_bit(pair, case):
+    assert [found[str(case)] for found in pair[2]] == [None, None]
+
+
+def assert_same_state(path, other):
+    one, two = (torch.load(p, weights_only=True) for p in (path, other))
+    torch.testing.assert_close(one["parameters"], two["parameters"], rtol=1e-4, atol=1e-5)
+    assert one["adam_step"] == two["adam_step"] == toy.TOTAL_STEPS
+    assert one["schedule_step"] == two["schedule_step"]
+
+
+def test_two_ranks_train_what_one_rank_trains(pair):
+    assert_same_state(pair[0] / "one" / "end.pt", pair[0] / "two" / "end.pt")
+
+
+def test_two_zero3_ranks_go_on_from_one_zero2_rank(pair):
+    assert_same_state(pair[0] / "one" / "end.pt", pair[0] / "two" / "resumed.pt")
+
+
+def test_one_rank_goes_on_from_two(ranks, pair, tmp_path):
+    other_half(ranks, pair[0] / "two" / "half", tmp_path, per_rank=4, stage=2)
+    assert_same_state(pair[0] / "two" / "end.pt", tmp_path / "resumed.pt")
+
+
+def test_two_ranks_print_nothing(pair):
+    assert pair[1] == ["", ""]
+
+
+def test_a_full_disk_stops_every_rank_with_the_same_line(pair):
+    first, second = (found["failed write"] for found in pair[2])
+    assert first == second
+    assert "No space left on device" in first
+    assert checkpoint.read_progress(pair[0] / "two" / "half") == PROGRESS
+
+
+def test_a_rank_beyond_the_saved_ones_draws_its_own_numbers(ranks, saved):
+    run, ds_engine = saved
+    numbers = []
+    for rank in (0, 1, 2, 1):
+        checkpoint.load(run / "checkpoint_best", ds_engine, engine.Ranks(rank, 0, 3, ranks.device))
+        numbers.append(draws())
+    assert len(set(numbers)) == 3
+    assert numbers[1] == numbers[3]
+
+
+# The files
+
+
+def test_layout_and_plain_types(saved):
+    run, ds_engine = saved
+    names = {path.name for path in (run / "checkpoint_best").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "training_state.pt", "checkpoint.json"}
+    assert [path.name for path in run.iterdir()] == ["checkpoint_best"]
+    state = torch.load(run / "checkpoint_best" / "training_state.pt", weights_only=True)
+    assert {name: tuple(p["master"].shape) for name, p in state["parameters"].items()} == engine.parameter_shapes(
+        ds_engine
+    )
+    assert all(value.dtype == torch.float32 for p in state["parameters"].values() for value in p.values())
+    assert checkpoint.read_progress(run / "checkpoint_best") == PROGRESS
+
+
+def test_estimated_size_is_that_of_the_file():
+    """Measured for a large count: 12 bytes per parameter, and the adapter."""
+    assert checkpoint.checkpoint_bytes(10**9, adapter_bytes_per_parameter=2) == pytest.approx(14e9, rel=0.01)
+
+
+def test_missing_left_over_and_reshaped_parameters_are_listed(ranks, saved):
+    run, ds_engine = saved
+    path = run / "checkpoint_best" / "training_state.pt"
+    state = torch.load(path, weights_only=True)
+    state["parameters"]["stranger"] = state["parameters"].pop("head.bias")
+    state["parameters"]["head.weight"]["master"] = torch.zeros(2, 2)
+    torch.save(state, path)
+    record = json.loads((path.parent / "checkpoint.json").read_text())
+    record["files"]["training_state.pt"] = path.stat().st_size
+    (path.parent / "checkpoint.json").write_text(json.dumps(record))
+    before = everything(ds_engine)
+    with pytest.raises(UserError) as error:
+        checkpoint.load(path.parent, ds_engine, ranks)
+    assert "missing 1: head.bias" in str(error.value)
+    assert "not trained here 1: stranger" in str(error.value)
+    assert "of another shape 1: head.weight (2, 2) instead of (3, 32)" in str(error.value)
+    assert first_difference(dict(enumerate(before)), dict(enumerate(everything(ds_engine)))) is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda d: (d / "checkpoint.json").unlink(), "no checkpoint.json"),
+        (lambda d: (d / "checkpoint.json").write_text("{"), "checkpoint.json is damaged"),
+        (lambda d: (d / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
+        (lambda d: (d / "training_state.pt").write_bytes(b""), "training_state.pt has 0 bytes"),
+        (shutil.rmtree, "no such directory"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(ranks, saved, damage, named):
+    run, ds_engine = saved
+    damage(run / "checkpoint_best")
+    with pytest.raises(UserError, match=named):
+        checkpoint.load(run / "checkpoint_best", ds_engine, ranks)
+
+
+def test_an_unreadable_state_of_the_right_size_is_named(ranks, saved):
+    run, ds_engine = saved
+    path = run / "checkpoint_best" / "training_state.pt"
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(UserError, match=r"training_state.pt: cannot be read"):
+        checkpoint.load(run / "checkpoint_best", ds_engine, ranks)
+
+
+def test_weights_that_are_not_finite_are_not_saved(ranks, tmp_path):
+    ds_engine = toy.build(toy.config(tmp_path), ranks)
+    state = engine.training_tensors(ds_engine)
+    state["parameters"]["head.bias"]["master"][1] = float("nan")
+    engine.restore_training_tensors(ds_engine, state)
+    with pytest.raises(DivergedError, match="not written"):
+        checkpoint.save(tmp_path / "checkpoint_best", ds_engine, ranks, write_model, PROGRESS)
+    assert not (tmp_path / "checkpoint_best").exists()
+
+
+# A crash at any point
+
+
+class Crash(BaseException):
+    """Like a kill: no handler of ours may tidy up after it."""
+
+
+def crash_points(monkeypatch, point):
+    """Makes the `point`-th rename, removal or write to the disk from now on the last thing that happens."""
+    calls = iter(range(1000))
+
+    def until_crash(function):
+        def counted(*arguments, **keywords):
+            if next(calls) == point:
+                raise Crash
+            return function(*arguments, **keywords)
+
+        return counted
+
+    monkeypatch.setattr(checkpoint.os, "replace", until_crash(os.replace))
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", until_crash(shutil.rmtree))
+    monkeypatch.setattr(checkpoint, "_to_disk", until_crash(checkpoint._to_disk))
+    monkeypatch.setattr(checkpoint.torch, "save", until_crash(lambda state, path: path.write_bytes(b"tensors")))
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_crash_at_any_point_leaves_the_old_or_the_new(tmp_path, monkeypatch, existing):
+    outcomes = []
+    for point in range(20):
+        run = tmp_path / f"run{point}"
+        run.mkdir()
+        target = run / "checkpoint_best"
+        if existing:
+            fake(target, epoch=1)
+        with monkeypatch.context() as patch:
+            crash_points(patch, point)
+            try:
+                checkpoint._write(target, {}, write_model, Progress(epoch=2, num_epochs=3, step=20))
+                finished = True
+            except Crash:
+                finished = False
+        checkpoint.clean_leftovers(run)
+        assert {path.name for path in run.iterdir()} <= {"checkpoint_best"}
+        outcomes.append(checkpoint.read_progress(target).epoch if target.exists() else None)
+        if target.exists():
+            checkpoint.check_complete(target)
+        if finished:
+            break
+    assert finished and outcomes[-1] == 2
+    assert outcomes == sorted(outcomes, key=[None, 1, 2].index), "first the old one, from some point on the new one"
+    assert outcomes[0] == (1 if existing else None)
+
+
+def test_a_crash_while_cleaning_up_after_a_crash_loses_nothing(tmp_path, monkeypatch):
+    for point in range(20):
+        run = tmp_path / f"run{point}"
+        fake(run / "checkpoint_best.previous", epoch=1)
+        fake(run / "checkpoint_best.partial", epoch=2)
+        with monkeypatch.context() as patch:
+            crash_points(patch, point)
+            try:
+                checkpoint.clean_leftovers(run)
+                finished = True
+            except Crash:
+                finished = False
+        checkpoint.clean_leftovers(run)
+        assert [path.name for path in run.iterdir()] == ["checkpoint_best"]
+        assert checkpoint.read_progress(run / "checkpoint_best").epoch == 2
+        if finished:
+            return
+    raise AssertionError("the number of steps is bounded")
+
+
+def test_cleaning_touches_nothing_but_checkpoints(tmp_path):
+    kept = [tmp_path / "film.partial", tmp_path / "checkpoint_notes.partial"]
+    for path in kept:
+        path.write_text("mine")
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "checkpoint_best.partial").mkdir()
+    checkpoint.clean_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["other.partial", *(p.name for p in kept)])
+
+
+# Finding where to go on
+
+
+def test_auto_takes_the_newest_checkpoint_of_the_newest_unfinished_run(tmp_path):
+    fake(tmp_path / "lora_sft_20250101_000000" / "checkpoint_epoch_1", 1)
+    run = tmp_path / "lora_sft_20250102_000000"
+    fake(run / "checkpoint_epoch_9", 9, num_epochs=12)
+    fake(run / "checkpoint_epoch_10", 10, num_epochs=12)
+    fake(run / "checkpoint_best", 8, num_epochs=12)
+    (run / "checkpoint_epoch_11.partial").mkdir()
+    fake(tmp_path / "lora_sft_20250103_000000" / "checkpoint_best", 3, num_epochs=3)
+    (tmp_path / "lora_sft_20250104_000000").mkdir()
+    assert checkpoint.find_resume(tmp_path, "auto") == run / "checkpoint_epoch_10"
+    assert not (run / "checkpoint_epoch_11.partial").exists()
+
+
+def test_auto_finds_a_checkpoint_that_a_crash_left_under_another_name(tmp_path):
+    run = tmp_path / "lora_sft_20250101_000000"
+    fake(run / "checkpoint_best.previous", 1)
+    fake(run / "checkpoint_best.partial", 2)
+    found = checkpoint.find_resume(tmp_path, "auto")
+    assert found == run / "checkpoint_best"
+    assert checkpoint.read_progress(found).epoch == 2
+
+
+def test_auto_without_anything_to_resume_says_what_it_found(tmp_path):
+    with pytest.raises(UserError, match="found: no run"):
+        checkpoint.find_resume(tmp_path, "auto")
+    fake(tmp_path / "lora_sft_20250101_000000" / "checkpoint_best", 3, num_epochs=3)
+    (tmp_path / "lora_sft_20250102_000000").mkdir()
+    with pytest.raises(UserError) as error:
+        checkpoint.find_resume(tmp_path, "auto")
+    assert "lora_sft_20250101_000000 (finished: epoch 3/3)" in str(error.value)
+    assert "lora_sft_20250102_000000 (no complete checkpoint)" in str(error.value)
+
+
+def test_an_explicit_path_is_taken_or_its_neighbours_are_named(tmp_path):
+    good = fake(tmp_path / "checkpoint_best", 1)
+    assert checkpoint.find_resume(tmp_path, str(good)) == good
+    with pytest.raises(UserError, match="checkpoint_epoch_3: no such directory.*checkpoint_best"):
+        checkpoint.find_resume(tmp_path, str(tmp_path / "checkpoint_epoch_3"))
+    with pytest.raises(UserError, match="nowhere.*no such directory"):
+        checkpoint.find_resume(tmp_path, str(tmp_path / "nowhere" / "checkpoint_best"))
+
+
+# The disk
+
+
+def test_enough_space_and_permission_pass(tmp_path):
+    checkpoint.check_disk(tmp_path / "new" / "folder", bytes_needed=1000, checkpoints=3)
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+def test_too_little_space_says_how_much(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 3 * 2**30))
+    checkpoint.check_disk(tmp_path, bytes_needed=2**30, checkpoints=2)
+    with pytest.raises(UserError, match="3.00 GiB free.* need 4.00 GiB"):
+        checkpoint.check_disk(tmp_path, bytes_needed=2**30, checkpoints=3)
+
+
+def test_a_place_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write there"):
+        checkpoint.check_disk(tmp_path / "file" / "run", bytes_needed=1, checkpoints=1)
+
+    def refuse(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(UserError, match="Permission denied"):
+        checkpoint.check_disk(tmp_path, bytes_needed=1, checkpoints=1)
+
+
+if __name__ == "__main__":
+    two_ranks(Path(sys.argv[1]))

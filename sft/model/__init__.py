@@ -1,0 +1,1 @@
+"""The native Sa2VA: architecture, preprocessing, the published directory format, LoRA."""

@@ -1,0 +1,214 @@
+"""LoRA on the native Sa2VA through peft: which linears, wrap, report, check, save, load.
+
+Takes a `Sa2VA` and a TrainConfig, gives a PeftModel; writes adapters whose keys are the published module paths, so that
+`peft.PeftModel.from_pretrained` puts them on the original model. It does not know DeepSpeed, steps or checkpoints.
+"""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sft.config import TrainConfig, UserError
+from sft.model import key_map
+from sft.model.sa2va import Sa2VA
+
+ADAPTER_CONFIG, ADAPTER_SAFETENSORS, ADAPTER_BIN = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+_PREFIX = "base_model.model."  # peft's own, before every module path
+_DECODER = "grounding_encoder.sam2_model.mask_decoder"
+_ENCODER = "grounding_encoder.sam2_model.vision_encoder.backbone"
+_TRAINED_WHOLE = {"text_hidden_fcs": "text_hidden_fcs", "mask_decoder": _DECODER}
+
+
+def wrap(model: Sa2VA, config: TrainConfig) -> PeftModel:
+    """Freezes the model, puts LoRA on the linears of `lora_scope` and frees the modules of `train_modules`.
+
+    Raises:
+        UserError: a target name matches no linear of its scope.
+    """
+    scopes = {scope: _scope_pattern(model, scope, config) for scope in config.lora_scope}
+    lora_config = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="|".join(scopes.values()),
+        modules_to_save=[_TRAINED_WHOLE[name] for name in config.train_modules] or None,
+        base_model_name_or_path=config.model_path,
+    )
+    torch.manual_seed(config.seed)  # lora_A is drawn here: the same on every rank and in every run of this seed
+    return get_peft_model(model, lora_config)
+
+
+def describe(peft_model: PeftModel, config: TrainConfig) -> list[str]:
+    """What LoRA matched and what trains, one line each, for the log."""
+    lines = []
+    for scope in config.lora_scope:
+        names = [name for name in _lora_layers(peft_model) if name.startswith(_scope_root(scope))]
+        kinds = Counter(name.rsplit(".", 1)[-1] for name in names)
+        listed = ", ".join(f"{kind} x{count}" for kind, count in sorted(kinds.items()))
+        lines.append(f"LoRA on {scope}: {len(names)} linears ({listed})")
+    for module in config.train_modules:
+        lines.append(f"Trained whole: {module}")
+    trainable, total = peft_model.get_nb_trainable_parameters()
+    lines.append(
+        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+    )
+    return lines
+
+
+class GradientCheck:
+    """Proves after the first optimizer step that what should learn moved and nothing else did.
+
+    Zero LoRA gradients leave a finite loss, so nothing else shows them.
+    """
+
+    def __init__(self, peft_model: PeftModel):
+        self.before = _fingerprints(peft_model)
+
+    def problems(self, peft_model: PeftModel) -> list[str]:
+        """One line per kind of failure, with the names; empty when all is well."""
+        after = _fingerprints(peft_model)
+        moved = {name for name, value in after.items() if not torch.equal(value, self.before[name])}
+        trainable = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+        still = sorted(name for name in trainable if ".lora_B." in name and name not in moved)
+        thawed = sorted(moved - trainable)
+        lines = [f"{len(still)} LoRA B matrices got no update: {', '.join(still[:4])}"] if still else []
+        return lines + ([f"{len(thawed)} frozen parameters moved: {', '.join(thawed[:4])}"] if thawed else [])
+
+
+def save_adapter(directory: Path, peft_model: PeftModel, trainable: dict[str, Tensor], save_format: str) -> None:
+    """Writes adapter_config.json and the adapter's weights under published names.
+
+    Args:
+        directory: exists already.
+        peft_model: gives the configuration and peft's naming.
+        trainable: every trainable parameter by its name in `peft_model.named_parameters()`, whole, on the CPU.
+        save_format: "safetensors" or "bin".
+    """
+    state = get_peft_model_state_dict(peft_model, state_dict=trainable)
+    published = {_rename(name, key_map.published_name): tensor.contiguous() for name, tensor in state.items()}
+    assert len(published) == len(trainable), "two parameters share one published name"
+    if save_format == "bin":
+        torch.save(published, directory / ADAPTER_BIN)
+    else:
+        save_file(published, directory / ADAPTER_SAFETENSORS, metadata={"format": "pt"})
+    settings = peft_model.peft_config["default"].to_dict()
+    settings["target_modules"] = _published_pattern(settings["target_modules"])
+    settings["modules_to_save"] = [key_map.published_name(name) for name in settings["modules_to_save"] or []] or None
+    settings["inference_mode"] = True
+    text = json.dumps(settings, indent=2, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    (directory / ADAPTER_CONFIG).write_text(text + "\n")
+
+
+def load_adapter(peft_model: PeftModel, directory: Path) -> None:
+    """Reads an adapter that `save_adapter` wrote into a model wrapped with the same settings.
+
+    Raises:
+        UserError: no adapter there, or its tensors are not exactly those the settings ask for.
+    """
+    published = read_adapter(directory)
+    native = {_rename(name, key_map.native_name): tensor for name, tensor in published.items()}
+    trainable = {name: parameter for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+    expected = get_peft_model_state_dict(peft_model, state_dict=trainable)
+    missing, left_over = sorted(set(expected) - set(native)), sorted(set(native) - set(expected))
+    misshapen = [name for name in set(native) & set(expected) if native[name].shape != expected[name].shape]
+    if missing or left_over or misshapen:
+        raise UserError(
+            f"{directory}: the adapter does not fit these settings: {len(missing)} tensors missing {missing[:2]}, "
+            f"{len(left_over)} left over {left_over[:2]}, {len(misshapen)} of another shape {sorted(misshapen)[:2]}; "
+            "use the lora_* and train_modules settings in its run's config.json"
+        )
+    set_peft_model_state_dict(peft_model, native)
+
+
+def read_adapter(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter directory under their published names."""
+    if (directory / ADAPTER_SAFETENSORS).is_file():
+        return load_file(directory / ADAPTER_SAFETENSORS)
+    if (directory / ADAPTER_BIN).is_file():
+        return torch.load(directory / ADAPTER_BIN, map_location="cpu", weights_only=True)
+    raise UserError(f"{directory}: no {ADAPTER_SAFETENSORS} and no {ADAPTER_BIN}; give a checkpoint directory of a run")
+
+
+def _scope_root(scope: str) -> str:
+    return {"language_model": "language_model.", "mask_decoder": f"{_DECODER}.", "sam2_encoder": f"{_ENCODER}."}[scope]
+
+
+def _scope_pattern(model: Sa2VA, scope: str, config: TrainConfig) -> str:
+    """A regular expression for the scope's linears; bare suffixes would also match inside SAM2 and vision towers."""
+    root = re.escape(_scope_root(scope))
+    match scope:
+        case "language_model":
+            pattern = rf"{root}model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(config.lora_target_modules)})"
+            _check_targets(model, root, config.lora_target_modules)
+        case "mask_decoder":
+            pattern = rf"{root}transformer\..*\.(q_proj|k_proj|v_proj|o_proj|proj_in|proj_out)"
+        case "sam2_encoder":
+            pattern = rf"{root}blocks\.\d+\.(attn\.qkv|attn\.proj|mlp\.proj_in|mlp\.proj_out)"
+        case _:
+            raise ValueError(f"lora_scope {scope!r}: choose language_model, mask_decoder or sam2_encoder")
+    assert any(re.fullmatch(pattern, name) for name, _ in model.named_modules()), f"{scope}: {pattern} matches nothing"
+    return pattern
+
+
+def _check_targets(model: Sa2VA, root: str, targets: tuple[str, ...]) -> None:
+    found = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and re.match(root + r"model\.layers\.", name)
+    }
+    unknown = [target for target in targets if target not in found]
+    if unknown:
+        raise UserError(
+            f"lora_target_modules: {', '.join(unknown)} is no linear layer of this language model; "
+            f"it has {', '.join(sorted(found))}"
+        )
+
+
+# The native linears of SAM2 and what the published model calls them, as fragments of the target pattern.
+_PATTERN_WORDS = (
+    (re.escape(f"{_DECODER}."), re.escape("grounding_encoder.sam2_model.sam_mask_decoder.")),
+    (re.escape(f"{_ENCODER}."), re.escape("grounding_encoder.sam2_model.image_encoder.trunk.")),
+    (r"(q_proj|k_proj|v_proj|o_proj|proj_in|proj_out)", r"(q_proj|k_proj|v_proj|out_proj|layers\.0|layers\.1)"),
+    (r"mlp\.proj_in|mlp\.proj_out", r"mlp\.layers\.0|mlp\.layers\.1"),
+)
+
+
+def _published_pattern(pattern: str) -> str:
+    for native, published in _PATTERN_WORDS:
+        pattern = pattern.replace(native, published)
+    return pattern
+
+
+def _lora_layers(peft_model: PeftModel) -> list[str]:
+    return [
+        name.removeprefix(_PREFIX).removesuffix(".lora_A")
+        for name, _ in peft_model.named_modules()
+        if name.endswith(".lora_A")
+    ]
+
+
+def _rename(name: str, rename) -> str:
+    """Renames the module path inside peft's key, leaving peft's prefix and lora suffix."""
+    inner = name.removeprefix(_PREFIX)
+    path, lora, suffix = inner.partition(".lora_")
+    return _PREFIX + rename(path) + lora + suffix
+
+
+@torch.no_grad()
+def _fingerprints(peft_model: PeftModel) -> dict[str, Tensor]:
+    """Two sums per parameter in fp64: enough to see any single update, without keeping a copy of the weights."""
+    values = {}
+    for name, parameter in peft_model.named_parameters():
+        flat = parameter.detach().flatten()
+        values[name] = torch.stack([flat.sum(dtype=torch.float64), flat.abs().sum(dtype=torch.float64)])
+    return values

@@ -1,0 +1,135 @@
+"""Image and question -> the tensors the InternVL family expects, equal to the published pipeline.
+
+Takes RGB uint8 arrays and text, gives float tensors (T, 3, H, W) and token ids. It does not know masks or batches on disk.
+
+Source of the constants: InternVL2.5 and Sa2VA preprocessing (ImageNet statistics, bicubic, 1-12 tiles plus a thumbnail).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sft.model.sa2va import Prompt
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+ANSWER = "Sure, [SEG]."
+SEG_TOKEN = "[SEG]"
+IMAGE_START, IMAGE_TOKEN, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Template:
+    """The words around a question: chat templates of the published models."""
+
+    question: str  # {} is the image tokens and the question
+    end: str  # the token that ends an answer
+
+
+TEMPLATES = {
+    "qwen_chat": Template("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+    "internlm2_chat": Template("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+    "phi3_chat": Template("<|user|>\n{}<|end|>\n<|assistant|>\n", "<|end|>"),
+    "llama3_chat": Template(
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Sizes and words of one checkpoint; made by `published.load`.
+
+    `tile_px` side of a vision tile; `tokens_per_tile` after pixel shuffle; `max_tiles` 12 in the published models;
+    `sam2_px` side of SAM2's square input.
+    """
+
+    tokenizer: object
+    template: Template
+    tile_px: int
+    tokens_per_tile: int
+    max_tiles: int
+    use_thumbnail: bool
+    sam2_px: int
+
+    def tiles(self, image_HW3: np.ndarray) -> Tensor:
+        """RGB uint8 image -> normalised vision tiles, (T, 3, tile_px, tile_px) fp32, T from 1 to max_tiles + 1."""
+        image = Image.fromarray(image_HW3)
+        columns, rows = _closest_grid(image.width, image.height, self.max_tiles, self.tile_px)
+        side = self.tile_px
+        resized = image.resize((columns * side, rows * side))  # PIL's default for RGB is bicubic
+        boxes = [(x * side, y * side, (x + 1) * side, (y + 1) * side) for y in range(rows) for x in range(columns)]
+        tiles = [resized.crop(box) for box in boxes]
+        if self.use_thumbnail and len(tiles) > 1:
+            tiles.append(image.resize((side, side)))
+        return torch.stack([_normalise(tile) for tile in tiles])
+
+    def sam2_image(self, image_HW3: np.ndarray) -> Tensor:
+        """RGB uint8 image -> (3, sam2_px, sam2_px) fp32; the aspect ratio is not kept, as in the published model."""
+        return _normalise(Image.fromarray(image_HW3).resize((self.sam2_px, self.sam2_px)))
+
+    def question_ids(self, question: str, tile_count: int) -> list[int]:
+        """Token ids up to and with the assistant's turn, for free generation."""
+        image = IMAGE_START + IMAGE_TOKEN * (tile_count * self.tokens_per_tile) + IMAGE_END
+        return self.tokenizer.encode(self.template.question.format(f"{image}\n{question}"))
+
+    def answer_ids(self) -> list[int]:
+        """Token ids of "Sure, [SEG]." and the end of the turn."""
+        return self.tokenizer.encode(ANSWER + self.template.end, add_special_tokens=False)
+
+    @property
+    def seg_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(SEG_TOKEN)
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Ends of a greedy answer: the end of the turn, and [SEG] itself, after which nothing matters for a mask."""
+        return [self.seg_token_id, self.tokenizer.convert_tokens_to_ids(self.template.end)]
+
+    def prompt(self, questions: list[str], tile_counts: list[int], *, with_labels: bool = False) -> Prompt:
+        """Teacher-forced prompts of B samples, right-padded.
+
+        Without labels a row ends at [SEG], since nothing after it reaches the mask; with labels the whole answer
+        is there and its tokens are the labels.
+        """
+        answer = self.answer_ids()
+        if not with_labels:
+            answer = answer[: answer.index(self.seg_token_id) + 1]
+        rows, labels, seg_positions = [], [], []
+        for question, tile_count in zip(questions, tile_counts, strict=True):
+            question_ids = self.question_ids(question, tile_count)
+            rows.append(question_ids + answer)
+            labels.append([IGNORED] * (len(question_ids) - 1) + answer + [IGNORED])
+            seg_positions.append(len(question_ids) + answer.index(self.seg_token_id))
+        return Prompt(
+            _pad(rows, self.stop_token_ids[-1]),
+            torch.tensor(seg_positions),
+            _pad(labels, IGNORED) if with_labels else None,
+        )
+
+
+def _closest_grid(width: int, height: int, max_tiles: int, tile_px: int) -> tuple[int, int]:
+    """Columns and rows whose aspect ratio is nearest the image's; on a tie the larger grid if the image fills half of it."""
+    grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles + 1) if c * r <= max_tiles]
+    best, best_difference = (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        difference = abs(width / height - columns / rows)
+        larger_is_filled = width * height > 0.5 * tile_px * tile_px * columns * rows
+        if difference < best_difference or (difference == best_difference and larger_is_filled):
+            best, best_difference = (columns, rows), difference
+    return best
+
+
+def _normalise(image: Image.Image) -> Tensor:
+    pixels_HW3 = torch.from_numpy(np.array(image)).float() / 255.0
+    return ((pixels_HW3 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)).permute(2, 0, 1)
+
+
+def _pad(rows: list[list[int]], filler: int) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])

@@ -1,6 +1,6 @@
 """Trains the embedded base: a tiny Sa2VA, every part, on procedural vessel images with a question per target.
 
-`python -m sft.pretrain DIR` writes a published directory (config.json, safetensors, tokenizer, README.md with the curve).
+`python -m sft.pretrain DIR` writes a published directory: config.json, safetensors, tokenizer, pretraining.json.
 It knows the architecture and the procedural images; users never run it, and no run depends on it.
 
 The trap it is built around: trained plainly, the [SEG] token becomes the same for every question and the mask decoder
@@ -66,7 +66,7 @@ class Settings:
 
 
 class Pool:
-    """Rendered scenes on one device: images (N, 3, H, W) uint8, masks as bit planes (N, H, W) int16, presence (N, K)."""
+    """Rendered scenes on one device: images (N, 3, H, W) uint8, masks as bit planes (N, H, W), presence (N, K)."""
 
     def __init__(self, count: int, first_seed: int, device: torch.device, workers: int):
         size = 512

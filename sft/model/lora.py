@@ -18,11 +18,8 @@ from sft.config import TrainConfig, UserError
 from sft.model import key_map
 from sft.model.sa2va import Sa2VA
 
-ADAPTER_CONFIG, ADAPTER_SAFETENSORS, ADAPTER_BIN = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_SAFETENSORS, ADAPTER_BIN = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."  # peft's own, before every module path
 _DECODER = "grounding_encoder.sam2_model.mask_decoder"
 _ENCODER = "grounding_encoder.sam2_model.vision_encoder.backbone"
@@ -42,10 +39,11 @@ def wrap(model: Sa2VA, config: TrainConfig) -> PeftModel:
         lora_dropout=config.lora_dropout,
         target_modules="|".join(scopes.values()),
         modules_to_save=[_TRAINED_WHOLE[name] for name in config.train_modules] or None,
-        base_model_name_or_path=config.model_path,
     )
     torch.manual_seed(config.seed)  # lora_A is drawn here: the same on every rank and in every run of this seed
-    return get_peft_model(model, lora_config)
+    peft_model = get_peft_model(model, lora_config)
+    peft_model.peft_config["default"].base_model_name_or_path = config.model_path  # peft empties it for a plain module
+    return peft_model
 
 
 def describe(peft_model: PeftModel, config: TrainConfig) -> list[str]:

@@ -1,8 +1,8 @@
 """Image and question -> the tensors the InternVL family expects, equal to the published pipeline.
 
-Takes RGB uint8 arrays and text, gives float tensors (T, 3, H, W) and token ids. It does not know masks or batches on disk.
+Takes RGB uint8 arrays and text, gives float tensors (T, 3, H, W) and token ids. It does not know masks or files.
 
-Source of the constants: InternVL2.5 and Sa2VA preprocessing (ImageNet statistics, bicubic, 1-12 tiles plus a thumbnail).
+Source of the constants: InternVL2.5's and Sa2VA's preprocessing (ImageNet statistics, bicubic, 1-12 tiles, a thumbnail).
 """
 
 from dataclasses import dataclass
@@ -114,7 +114,7 @@ class Preprocess:
 
 
 def _closest_grid(width: int, height: int, max_tiles: int, tile_px: int) -> tuple[int, int]:
-    """Columns and rows whose aspect ratio is nearest the image's; on a tie the larger grid if the image fills half of it."""
+    """Columns and rows of the nearest aspect ratio; on a tie the larger grid if the image fills half of it."""
     grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles + 1) if c * r <= max_tiles]
     best, best_difference = (1, 1), float("inf")
     for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):

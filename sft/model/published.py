@@ -1,6 +1,6 @@
 """The published Sa2VA directory format, read and written: config.json, safetensors shards, tokenizer files.
 
-A directory is data: nothing in it is run. Gives a native `Sa2VA` and its `Preprocess`; it does not know LoRA or training.
+A directory is data: nothing in it is run. Gives a native `Sa2VA` and its `Preprocess`; it does not know LoRA.
 """
 
 import json
@@ -114,7 +114,7 @@ def build(config: dict, image_token_id: int, directory: Path) -> Sa2VA:
 def save(directory: Path, model: Sa2VA, config: dict, tokenizer, *, dtype: torch.dtype = torch.bfloat16) -> int:
     """Writes a complete published directory (one safetensors file); returns the bytes of the weights."""
     directory.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor for name, tensor in model.state_dict().items()}
+    state = dict(model.state_dict())
     if model.language_model.config.tie_word_embeddings:
         state.pop("language_model.lm_head.weight", None)
     published = {name: tensor.to(dtype).contiguous().clone() for name, tensor in key_map.to_published(state).items()}
@@ -251,7 +251,7 @@ def _tensors(directory: Path):
     for file in _weight_files(directory):
         try:
             with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():
+                for name in shard.keys():  # noqa: SIM118 - an open shard is no mapping
                     yield name, shard.get_tensor(name)
         except SafetensorError as error:
             raise UserError(f"{file}: unreadable safetensors file ({error}); download it again") from error

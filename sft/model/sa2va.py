@@ -1,6 +1,6 @@
 """Sa2VA, native: vision tokens -> language model -> [SEG] state -> SAM2 mask decoder -> mask logits.
 
-Takes tensors that `preprocess` made, gives logits on the mask decoder's grid; `upsample` brings them to a mask's own size.
+Takes tensors that `preprocess` made, gives logits on the mask decoder's grid; `upsample` brings them to a mask's size.
 Attribute names are the published ones, so an adapter trained here fits the original model. It does not know files,
 tokenizers, losses or LoRA.
 
@@ -226,7 +226,7 @@ def upsample(logits_BHW: Tensor, size_hw: tuple[int, int]) -> Tensor:
 
 
 def _pixel_shuffle(patches_TNE: Tensor, ratio: float, version: str) -> Tensor:
-    """Trades side for depth: (T, N, E) on a square grid -> (T, N * ratio^2, E / ratio^2), InternVL's order of channels."""
+    """Trades side for depth as InternVL does: (T, N, E) on a square grid -> (T, N * ratio^2, E / ratio^2)."""
     tiles, count, width = patches_TNE.shape
     side = int(count**0.5)
     small, wide = int(side * ratio), int(width / ratio)

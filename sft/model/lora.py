@@ -92,7 +92,7 @@ def save_adapter(directory: Path, peft_model: PeftModel, trainable: dict[str, Te
         trainable: every trainable parameter by its name in `peft_model.named_parameters()`, whole, on the CPU.
         save_format: "safetensors" or "bin".
     """
-    state = get_peft_model_state_dict(peft_model, state_dict=trainable)
+    state = get_peft_model_state_dict(peft_model, state_dict=trainable, save_embedding_layers=False)
     published = {_rename(name, key_map.published_name): tensor.contiguous() for name, tensor in state.items()}
     assert len(published) == len(trainable), "two parameters share one published name"
     if save_format == "bin":
@@ -116,7 +116,7 @@ def load_adapter(peft_model: PeftModel, directory: Path) -> None:
     published = read_adapter(directory)
     native = {_rename(name, key_map.native_name): tensor for name, tensor in published.items()}
     trainable = {name: parameter for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
-    expected = get_peft_model_state_dict(peft_model, state_dict=trainable)
+    expected = get_peft_model_state_dict(peft_model, state_dict=trainable, save_embedding_layers=False)
     missing, left_over = sorted(set(expected) - set(native)), sorted(set(native) - set(expected))
     misshapen = [name for name in set(native) & set(expected) if native[name].shape != expected[name].shape]
     if missing or left_over or misshapen:

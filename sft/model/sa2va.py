@@ -106,14 +106,15 @@ class Sa2VA(nn.Module):
         """The SAM2 part under its published path `grounding_encoder.sam2_model`."""
         return self.grounding_encoder.sam2_model
 
-    def forward(self, prompt: Prompt, vision_tokens_TNC: Tensor, sam2_features: Sam2Features) -> Output:
+    def forward(self, prompt: Prompt, vision_tokens_TNC: Tensor, sam2: Sam2Features | Tensor) -> Output:
         """Masks for B samples from the features of their images and their teacher-forced prompts.
 
         Args:
             prompt: token ids with one [SEG] each.
             vision_tokens_TNC: the batch's vision tokens, tiles in the order of the samples.
-            sam2_features: one row per sample.
+            sam2: SAM2's features, one row per sample; or, where its encoder trains, its input images (B, 3, H, W).
         """
+        sam2_features = self.sam2_features(sam2) if isinstance(sam2, Tensor) else sam2
         hidden_BLC = self.hidden_states(prompt.input_ids_BL, vision_tokens_TNC)
         rows_B = torch.arange(len(hidden_BLC), device=hidden_BLC.device)
         seg_state_BC = hidden_BLC[rows_B, prompt.seg_position_B]

@@ -1,0 +1,176 @@
+"""Batches with the outputs of the frozen encoders, which are computed once per run, image and view.
+
+Takes pairs (and which flip or turn of them), gives `Batch`es on the device. The one door for the rest of the project is
+`Features.batches`; behind it stand reading, preprocessing, the encoders and the memory that keeps their outputs.
+Vision tokens depend on the image alone, SAM2's features too unless its encoder trains: then its input image is kept.
+
+Shapes: B samples, T tiles over the batch, N tokens per tile, C language model width, H x W pixels.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sft.config import TrainConfig, UserError
+from sft.data import Pair, read
+from sft.model.preprocess import Preprocess
+from sft.model.sa2va import Prompt, Sa2VA, Sam2Features
+
+VIEWS = 8  # the image as it is, its mirror image, and their quarter turns
+READ_AHEAD_BATCHES = 2
+MEMORY_SHARE = 0.8  # of the memory that is free: what kept features may take
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample of a batch: a pair in one of its views, 0 (as it is) to 7."""
+
+    pair: Pair
+    view: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples, ready for `Sa2VA.forward` and the loss."""
+
+    items: tuple[Item, ...]
+    prompt: Prompt
+    vision_tokens_TNC: Tensor
+    sam2: Sam2Features | Tensor  # features, or input images (B, 3, H, W) where SAM2's encoder trains
+    masks: tuple[Tensor, ...]  # B times bool (H, W), each at its native size
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What is read from the disk for one item."""
+
+    tiles_T3HW: Tensor
+    sam2_image_3HW: Tensor
+    mask_HW: Tensor
+    question: str
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """What is kept of one item: no gradient ever reaches it."""
+
+    vision_tokens_TNC: Tensor
+    sam2: tuple[Tensor, ...]  # level0, level1, embedding, each without the batch dimension; or the one input image
+    mask_HW: Tensor
+    question: str
+
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.vision_tokens_TNC, *self.sam2, self.mask_HW))
+
+
+class Features:
+    """The frozen encoders of one run and the memory of their outputs.
+
+    Args:
+        model: the native model on its device; its encoders are used as they stand.
+        preprocess: of the same checkpoint.
+        config: decides what is kept and what trains.
+        device: where batches go.
+    """
+
+    def __init__(self, model: Sa2VA, preprocess: Preprocess, config: TrainConfig, device: torch.device):
+        self._model, self._preprocess, self._config, self._device = model, preprocess, config, device
+        self._dtype = next(model.parameters()).dtype
+        self._encoder_trains = "sam2_encoder" in config.lora_scope
+        # conv_s0 and conv_s1 belong to the mask decoder: while it trains, features are kept before them.
+        self._project = "mask_decoder" not in config.train_modules
+        self._kept: dict[Item, _Encoded] = {}
+        self._readers = ThreadPoolExecutor(max(1, config.num_workers), thread_name_prefix="read")
+
+    def batches(self, plan: Sequence[Sequence[Item]]) -> Iterator[Batch]:
+        """Yields one Batch per entry of the plan, in its order; files of the next ones are read meanwhile."""
+        reading: dict[int, dict[Item, Future]] = {}
+        for position, items in enumerate(plan):
+            for ahead in range(position, min(position + 1 + READ_AHEAD_BATCHES, len(plan))):
+                if ahead not in reading:
+                    missing = [item for item in dict.fromkeys(plan[ahead]) if item not in self._kept]
+                    reading[ahead] = {item: self._readers.submit(self._read, item) for item in missing}
+            encoded = {item: self._encode(future.result()) for item, future in reading.pop(position).items()}
+            if self._config.feature_cache == "memory":
+                self._kept |= encoded
+            yield self._collate([encoded.get(item) or self._kept[item] for item in items], tuple(items))
+
+    def check_memory(self, pairs: int) -> str:
+        """Says what keeping the features of `pairs` images takes; refuses what the machine's memory cannot hold.
+
+        Call after a first batch; raises UserError.
+        """
+        if self._config.feature_cache == "off":
+            return "Frozen features: computed anew in every step (--feature_cache off)"
+        one = max(encoded.bytes() for encoded in self._kept.values())
+        views = VIEWS if self._config.augment else 1
+        need, free = one * pairs * views, _free_memory_bytes()
+        text = f"{need / 2**30:.1f} GiB for {pairs:,} images{f' in {views} views' if views > 1 else ''}"
+        if need > MEMORY_SHARE * free:
+            raise UserError(
+                f"feature_cache memory: keeping frozen features takes {text}, {free / 2**30:.1f} GiB of memory is "
+                "free; use --feature_cache off" + (", or --augment false" if views > 1 else "")
+            )
+        return f"Frozen features: computed once and kept in memory, {text}"
+
+    def close(self) -> None:
+        """Stops the reading threads."""
+        self._readers.shutdown(cancel_futures=True)
+
+    def _read(self, item: Item) -> _Inputs:
+        sample = read(item.pair)
+        image, mask = turned(sample.image_HW3, item.view), turned(sample.mask_HW, item.view)
+        question = f"Please segment {sample.phrase} in this image." if sample.phrase else self._config.question
+        return _Inputs(
+            self._preprocess.tiles(image), self._preprocess.sam2_image(image), torch.from_numpy(mask), question
+        )
+
+    @torch.no_grad()
+    def _encode(self, inputs: _Inputs) -> _Encoded:
+        tiles = inputs.tiles_T3HW.to(self._device, self._dtype)
+        image = inputs.sam2_image_3HW.to(self._device, self._dtype)
+        tokens = self._model.vision_tokens(tiles)
+        if self._encoder_trains:
+            kept = (image,)
+        else:
+            features = self._model.sam2_features(image[None], project=self._project)
+            kept = (features.level0_BCHW[0], features.level1_BCHW[0], features.embedding_BDHW[0])
+        # Kept in the machine's memory: GPU memory is for the step.
+        return _Encoded(tokens.cpu(), tuple(part.cpu() for part in kept), inputs.mask_HW, inputs.question)
+
+    def _collate(self, encoded: list[_Encoded], items: tuple[Item, ...]) -> Batch:
+        def together(parts: list[Tensor]) -> Tensor:
+            return torch.stack(parts).to(self._device, non_blocking=True)
+
+        prompt = self._preprocess.prompt(
+            [one.question for one in encoded],
+            [len(one.vision_tokens_TNC) for one in encoded],
+            with_labels=self._config.text_weight > 0,
+        )
+        labels = None if prompt.labels_BL is None else prompt.labels_BL.to(self._device)
+        sam2 = [together(list(parts)) for parts in zip(*(one.sam2 for one in encoded), strict=True)]
+        return Batch(
+            items,
+            Prompt(prompt.input_ids_BL.to(self._device), prompt.seg_position_B.to(self._device), labels),
+            torch.cat([one.vision_tokens_TNC for one in encoded]).to(self._device, non_blocking=True),
+            sam2[0] if self._encoder_trains else Sam2Features(*sam2, projected=self._project),
+            tuple(one.mask_HW.to(self._device, non_blocking=True) for one in encoded),
+        )
+
+
+def turned(pixels_HWx: np.ndarray, view: int) -> np.ndarray:
+    """An image or mask in one of its 8 views: `view % 4` quarter turns, after mirroring from 4 on."""
+    mirrored = pixels_HWx[:, ::-1] if view >= 4 else pixels_HWx
+    return np.ascontiguousarray(np.rot90(mirrored, view % 4))
+
+
+def _free_memory_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise UserError("/proc/meminfo does not say MemAvailable; use --feature_cache off")

@@ -1,0 +1,65 @@
+"""Where the time of a step goes, without making the device wait.
+
+Takes named parts of the loop, gives seconds per part. On a GPU the parts are bounded by events in its own queue, read
+once an epoch; on a CPU by the clock.
+"""
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import torch
+
+
+class Stopwatch:
+    """Sums the seconds of named parts. "data" is always the time the loop itself waits for a batch."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._started_s = time.perf_counter()
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Times what happens inside."""
+        started = self._mark()
+        yield
+        ended = self._mark()
+        if self._on_gpu:
+            self._events.append((name, started, ended))
+        else:
+            self._seconds[name] += ended - started
+
+    def timed(self, name: str, iterable: Iterable) -> Iterator:
+        """Passes items on and times, by the clock, the waiting for each."""
+        iterator = iter(iterable)
+        while True:
+            started_s = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self._seconds[name] += time.perf_counter() - started_s
+            yield item
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by part so far; on a GPU this waits for it."""
+        if self._events:
+            torch.cuda.synchronize()
+            for name, started, ended in self._events:
+                self._seconds[name] += started.elapsed_time(ended) / 1000
+            self._events.clear()
+        return self._seconds
+
+    def elapsed_s(self) -> float:
+        """Seconds since this watch was made."""
+        return time.perf_counter() - self._started_s
+
+    def _mark(self):
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

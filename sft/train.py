@@ -1,0 +1,315 @@
+"""The training loop: `train(config)` runs validation of the base, epochs, validation, checkpoints, report.
+
+Takes a TrainConfig, gives a `Result`; everything it needs of the world stands in a `Run` (run.py). Every rank takes the
+same path; only the log of the main rank writes.
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sft import checkpoint, engine, losses, metrics
+from sft import run as runs
+from sft.config import TrainConfig
+from sft.features import VIEWS, Batch, Item
+from sft.finite import DivergedError
+from sft.model import lora
+from sft.model.sa2va import Masks, upsample
+from sft.run import Run
+from sft.stopwatch import Stopwatch
+
+MAX_ANSWER_TOKENS = 16  # "Sure, [SEG]." has five: an answer that has not come to [SEG] by then will not
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run achieved; all Dice figures are of the validation images."""
+
+    directory: Path
+    dice: float
+    """Best validation Dice at `threshold`."""
+    epoch: int
+    """Epoch of the best validation Dice."""
+    base_dice: float
+    """Of the base at the same threshold."""
+    base_dice_best: float
+    """Of the base at the threshold chosen for it on the validation images."""
+
+
+def train(config: TrainConfig, on_validation: Callable[[dict], None] | None = None) -> Result:
+    """Fine-tunes one model; see the module's docstring.
+
+    Args:
+        config: all settings.
+        on_validation: called on every rank with each validation row (epoch, step, dice, dice_best, ...), base included.
+
+    Raises:
+        UserError: a mistake the user can mend, among them a diverged loss and too little memory.
+    """
+    if config.dry_run:
+        return dry_run(config)
+    with runs.prepared(config) as run:
+        started_s = time.monotonic()
+        runs.announce(run)
+        if run.progress.epoch == 0:
+            validate_and_keep(run, on_validation)
+        else:
+            run.log.line(f"Resumed after epoch {run.progress.epoch} (step {run.progress.step})")
+        run.log.line(run.features.check_memory(len(run.data.train) + len(run.data.val)))
+        run.log.start(run.steps_per_epoch * config.num_epochs, run.progress.step)
+        for epoch in range(run.progress.epoch + 1, config.num_epochs + 1):
+            train_epoch(run, epoch, started_s)
+            last = epoch == config.num_epochs
+            if last or epoch % config.validate_every == 0:
+                validate_and_keep(run, on_validation)
+            if last or epoch % config.save_every == 0:
+                runs.save(run, f"checkpoint_epoch_{epoch}")
+        return _finish(run, started_s)
+
+
+def train_epoch(run: Run, epoch: int, started_s: float) -> None:
+    """One pass over the training images; logs its means. `started_s` is when this process began with `first_epoch`."""
+    config, ranks = run.config, run.ranks
+    run.ds_engine.train()
+    watch = Stopwatch(run.ranks.device)
+    check = lora.GradientCheck(run.peft_model) if run.progress.step == 0 else None
+    sums: dict[str, Tensor] = {}
+    plan = epoch_plan(run, epoch)
+    for number, batch in enumerate(watch.timed("data", run.features.batches(plan)), start=1):
+        terms = train_step(run, batch, watch)
+        sums = {name: sums.get(name, 0) + value.detach() for name, value in terms.items()}
+        if number % config.gradient_accumulation_steps:
+            continue
+        run.progress = dataclasses.replace(run.progress, step=run.progress.step + 1)
+        if check is not None:
+            check = _assert_learning(run, check)
+        run.log.advance()
+        if run.progress.step % config.log_every_steps == 0:
+            run.watch.check(config)
+            run.log.step({"epoch": epoch, "step": run.progress.step} | _loss_row(run, terms))
+    run.watch.check(config)
+    run.progress = dataclasses.replace(run.progress, epoch=epoch)
+    means = {name: engine.all_reduce_sum(value / len(plan)) / ranks.world_size for name, value in sums.items()}
+    seconds = time.monotonic() - epoch_started_s
+    shares = watch.seconds()
+    row = {"epoch": epoch, "step": run.progress.step} | _loss_row(run, means)
+    row |= {f"{name}_s": shares[name] / run.steps_per_epoch for name in ("data", "forward", "backward", "optimizer")}
+    row |= {
+        "step_s": seconds / run.steps_per_epoch,
+        "samples_per_s": len(plan) * len(plan[0]) * ranks.world_size / seconds,
+    }
+    row["eta_s"] = (time.monotonic() - started_s) / epoch * (config.num_epochs - epoch)
+    if ranks.device.type == "cuda":
+        row["gpu_gib"] = torch.cuda.max_memory_allocated(ranks.device) / 2**30
+    run.log.epoch(row)
+
+
+def train_step(run: Run, batch: Batch, watch: Stopwatch) -> dict[str, Tensor]:
+    """Forward, loss, backward and (on the last micro-batch of a step) the optimizer; returns the loss terms."""
+    with watch.part("forward"):
+        output = run.ds_engine(batch.prompt, batch.vision_tokens_TNC, batch.sam2)
+        terms = loss_terms(output.masks, batch, run.config)
+        if output.text_loss is not None:
+            terms["text"] = output.text_loss
+            terms["total"] = terms["total"] + run.config.text_weight * output.text_loss
+    with watch.part("backward"):
+        run.ds_engine.backward(terms["total"])
+    with watch.part("optimizer"):
+        run.ds_engine.step()
+    run.watch.update(terms["total"], run.ds_engine.get_global_grad_norm(), run.progress.step + 1)
+    return terms
+
+
+def loss_terms(masks: Masks, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
+    """ComboLoss at each mask's native size: images of one size together, then the mean over images."""
+    sums: dict[str, Tensor] = {}
+    for size, rows in _rows_by_size(batch).items():
+        logits_BHW = upsample(masks.logits_Bhw[rows], size)
+        terms = losses.combo(logits_BHW, torch.stack([batch.masks[row] for row in rows]), config)
+        share = len(rows) / len(batch.masks)
+        sums = {name: sums.get(name, 0) + share * value for name, value in terms.items()}
+    return sums
+
+
+def epoch_plan(run: Run, epoch: int) -> list[list[Item]]:
+    """This rank's batches of an epoch: a shuffle that seed and epoch decide, dealt to the ranks sample by sample.
+
+    One rank with batch 2B and two ranks with batch B see the same samples in each step.
+    """
+    config, world_size = run.config, run.ranks.world_size
+    generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
+    pairs = run.data.train
+    order = torch.randperm(len(pairs), generator=generator).tolist()
+    views = torch.randint(VIEWS, (len(pairs),), generator=generator).tolist() if config.augment else [0] * len(pairs)
+    micro_batches = run.steps_per_epoch * config.gradient_accumulation_steps
+    wanted = micro_batches * config.batch_size * world_size
+    order = (order * -(-wanted // len(order)))[:wanted]  # filled up from the beginning
+    items = [Item(pairs[index], views[index]) for index in order]
+    per_batch = config.batch_size * world_size
+    return [items[start : start + per_batch][run.ranks.rank :: world_size] for start in range(0, wanted, per_batch)]
+
+
+def validate_and_keep(run: Run, on_validation: Callable[[dict], None] | None) -> dict:
+    """Validates, logs, keeps the checkpoint if it is the best so far; the base (epoch 0) is only recorded."""
+    row = {"epoch": run.progress.epoch, "step": run.progress.step} | validate(run)
+    run.log.val(row)
+    figures = run.progress.figures
+    if run.progress.epoch == 0:
+        base = {
+            f"base_{name}": row[name] for name in ("dice", "dice_best", "threshold_best", "seg_rate") if name in row
+        }
+        run.progress = dataclasses.replace(run.progress, figures=base)
+    else:
+        if row.get("seg_rate", 1.0) < figures.get("base_seg_rate", 0.0):
+            run.log.line(
+                f"warning: seg_rate fell from {figures['base_seg_rate']:.2f} to {row['seg_rate']:.2f}: asked freely, "
+                "the model says [SEG] less often than the base; --text_weight 0.1 or a lower learning_rate keeps it"
+            )
+        if row["dice"] > run.progress.best_dice:
+            run.progress = dataclasses.replace(
+                run.progress, best_dice=row["dice"], best_epoch=run.progress.epoch, figures=figures | _scores(row)
+            )
+            run.pictures["tuned"] = run.pictures.pop("latest")
+            runs.save(run, "checkpoint_best")
+    if on_validation is not None:
+        on_validation(row)
+    return row
+
+
+@torch.no_grad()
+def validate(run: Run) -> dict:
+    """Scores of the validation images, the same whatever the number of ranks.
+
+    Batches are the same for any number of ranks, which take them in turn; each image fills its own row of one table.
+    """
+    config, ranks, val = run.config, run.ranks, run.data.val
+    run.ds_engine.eval()
+    starts = range(0, len(val), config.val_batch_size)
+    table = torch.zeros(len(val), len(metrics.thresholds(config.threshold)), 3, dtype=torch.int64, device=ranks.device)
+    seen = torch.zeros(len(val), dtype=torch.int64, device=ranks.device)
+    mine = list(starts[ranks.rank :: ranks.world_size])
+    # A rank without a batch of its own repeats the first: under ZeRO-3 every rank must take part in each forward.
+    mine += [0] * (-(-len(starts) // ranks.world_size) - len(mine))
+    plan = [[Item(pair) for pair in val[start : start + config.val_batch_size]] for start in mine]
+    pictured: dict[str, Tensor] = {}
+    for position, (start, batch) in enumerate(zip(mine, run.features.batches(plan), strict=True)):
+        output = run.ds_engine(batch.prompt, batch.vision_tokens_TNC, batch.sam2)
+        if position * ranks.world_size + ranks.rank >= len(starts):
+            continue
+        for size, rows in _rows_by_size(batch).items():
+            logits_BHW = upsample(output.masks.logits_Bhw[rows], size)
+            truth_BHW = torch.stack([batch.masks[row] for row in rows])
+            places = torch.tensor(rows, device=ranks.device) + start
+            table[places] = metrics.counts(logits_BHW, truth_BHW, config.threshold)
+            seen[places] += 1
+            if start == 0:
+                found = logits_BHW.sigmoid() > config.threshold
+                pictured |= {val[row].name: mask.cpu().numpy() for row, mask in zip(rows, found, strict=True)}
+    run.pictures["base" if run.progress.epoch == 0 else "latest"] = pictured
+    engine.all_reduce_sum(table)
+    assert bool((engine.all_reduce_sum(seen) == 1).all()), "a validation image was counted twice or not at all"
+    row = metrics.summarize(table.cpu(), config.threshold)
+    return row | ({"seg_rate": seg_rate(run)} if config.seg_rate_samples else {})
+
+
+@torch.no_grad()
+def seg_rate(run: Run) -> float:
+    """How often greedy decoding after the question arrives at [SEG], on a fixed part of the validation images.
+
+    Every rank decodes all of them: it is little work, and no rank waits in a collective alone.
+    """
+    val, preprocess = run.data.val, run.loaded.preprocess
+    count = min(run.config.seg_rate_samples, len(val))
+    chosen = [val[index * len(val) // count] for index in range(count)]
+    arrived = 0
+    for batch in run.features.batches([[Item(pair)] for pair in chosen]):
+        question_BL = batch.prompt.input_ids_BL[:, : int(batch.prompt.seg_position_B)]
+        question_BL = question_BL[:, : question_BL.shape[1] - preprocess.answer_ids().index(preprocess.seg_token_id)]
+        answer = run.loaded.model.generate(
+            question_BL, batch.vision_tokens_TNC, preprocess.stop_token_ids, MAX_ANSWER_TOKENS
+        )
+        arrived += int((answer == preprocess.seg_token_id).any())
+    return arrived / count
+
+
+def dry_run(config: TrainConfig) -> Result:
+    """One step, one validation batch, a checkpoint written and read back, all in a folder that is removed again."""
+    with tempfile.TemporaryDirectory(prefix="sft_dry_run_") as folder:
+        small = dataclasses.replace(config, dry_run=False, output_dir=folder, num_epochs=1, tensorboard=False)
+        with runs.prepared(small) as run:
+            runs.announce(run)
+            per_step = small.batch_size * run.ranks.world_size * small.gradient_accumulation_steps
+            run.data = dataclasses.replace(
+                run.data, train=run.data.train[:per_step], val=run.data.val[: small.val_batch_size]
+            )
+            run.steps_per_epoch = 1
+            row = validate_and_keep(run, None)
+            run.log.line(run.features.check_memory(len(run.data.train) + len(run.data.val)))
+            run.log.start(1)
+            train_epoch(run, 1, time.monotonic())
+            validate_and_keep(run, None)
+            checkpoint.load(run.directory / "checkpoint_best", run.ds_engine, run.ranks)
+            run.log.line("Dry run: data, model, one step, one validation batch and one checkpoint are in order")
+            return Result(run.directory, run.progress.best_dice, 1, row["dice"], row["dice_best"])
+
+
+def _rows_by_size(batch: Batch) -> dict[tuple[int, int], list[int]]:
+    """(H, W) of the mask -> rows of the batch."""
+    rows: dict[tuple[int, int], list[int]] = {}
+    for row, mask in enumerate(batch.masks):
+        rows.setdefault(tuple(mask.shape), []).append(row)
+    return rows
+
+
+def _assert_learning(run: Run, check: lora.GradientCheck) -> None:
+    """After the first step: stops the run if a LoRA matrix got no update or a frozen weight moved."""
+    problems = check.problems(run.peft_model)
+    if problems:
+        raise DivergedError(
+            f"after the first step {'; '.join(problems)}: the training set-up is wrong, nothing was saved"
+        )
+    run.log.line("Gradient check: every LoRA B moved, no frozen parameter did")
+
+
+def _loss_row(run: Run, terms: dict[str, Tensor]) -> dict[str, float]:
+    row = {("loss" if name == "total" else name): float(value.detach()) for name, value in terms.items()}
+    return row | {"lr": float(run.ds_engine.lr_scheduler.get_last_lr()[0])}
+
+
+def _speed_row(run: Run, plan: list[list[Item]], watch: Stopwatch) -> dict[str, float]:
+    """Samples per second over all ranks, the mean step and its parts, GPU memory."""
+    shares, elapsed_s = watch.seconds(), watch.elapsed_s()
+    row = {f"{part}_s": shares[part] / run.steps_per_epoch for part in ("data", "forward", "backward", "optimizer")}
+    row["step_s"] = elapsed_s / run.steps_per_epoch
+    row["samples_per_s"] = sum(map(len, plan)) * run.ranks.world_size / elapsed_s
+    if run.ranks.device.type == "cuda":
+        row["gpu_gib"] = torch.cuda.max_memory_allocated(run.ranks.device) / 2**30
+    return row
+
+
+def _scores(row: dict) -> dict[str, float]:
+    return {name: row[name] for name in ("dice", "dice_best", "threshold_best", "iou", "recall", "precision")}
+
+
+def _finish(run: Run, started_s: float) -> Result:
+    """Report, picture, and the closing lines."""
+    runs.write_report(run)
+    figures, progress = run.progress.figures, run.progress
+    base, base_best = figures["base_dice"], figures["base_dice_best"]
+    log = run.log.line
+    log(f"Best Dice {progress.best_dice:.4f} at epoch {progress.best_epoch}, {time.monotonic() - started_s:.0f} s")
+    log(f"  base {base:.4f}: gain {progress.best_dice - base:+.4f}")
+    log(
+        f"  base at its best threshold {figures['base_threshold_best']:.2g}: {base_best:.4f}: "
+        f"gain {progress.best_dice - base_best:+.4f}"
+    )
+    log(f"  tuned at its best threshold {figures['threshold_best']:.2g}: {figures['dice_best']:.4f}")
+    for name in ("checkpoint_best", "comparison.png", "report.html"):
+        log(f"  {run.directory / name}")
+    return Result(run.directory, progress.best_dice, progress.best_epoch, base, base_best)

@@ -53,6 +53,9 @@ class Run:
     steps_per_epoch: int
     progress: checkpoint.Progress
     watch: FiniteWatch
+    first_epoch: int
+    """The first epoch that this process trains: 1, or more after a resume."""
+    started_s: float = field(default_factory=time.monotonic)
     pictures: dict[str, dict] = field(default_factory=dict)
     """"base" and "tuned" -> name -> predicted mask, of the first validation images; main rank only."""
 
@@ -84,7 +87,7 @@ def prepared(config: TrainConfig) -> Iterator[Run]:
         watch = FiniteWatch(ranks.device)
         parts = (config, ranks, directory, loaded_data, loaded, peft_model, features, ds_engine, log)
         with log:
-            yield Run(*parts, steps_per_epoch, progress, watch)
+            yield Run(*parts, steps_per_epoch, progress, watch, first_epoch=progress.epoch + 1)
     except torch.OutOfMemoryError as error:
         size = _model_size(loaded.model, peft_model, loaded_data)
         total = torch.cuda.get_device_properties(ranks.device).total_memory

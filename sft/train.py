@@ -55,7 +55,6 @@ def train(config: TrainConfig, on_validation: Callable[[dict], None] | None = No
     if config.dry_run:
         return dry_run(config)
     with runs.prepared(config) as run:
-        started_s = time.monotonic()
         runs.announce(run)
         if run.progress.epoch == 0:
             validate_and_keep(run, on_validation)
@@ -64,26 +63,27 @@ def train(config: TrainConfig, on_validation: Callable[[dict], None] | None = No
         run.log.line(run.features.check_memory(len(run.data.train) + len(run.data.val)))
         run.log.start(run.steps_per_epoch * config.num_epochs, run.progress.step)
         for epoch in range(run.progress.epoch + 1, config.num_epochs + 1):
-            train_epoch(run, epoch, started_s)
+            train_epoch(run, epoch)
             last = epoch == config.num_epochs
             if last or epoch % config.validate_every == 0:
                 validate_and_keep(run, on_validation)
             if last or epoch % config.save_every == 0:
                 runs.save(run, f"checkpoint_epoch_{epoch}")
-        return _finish(run, started_s)
+        return _finish(run)
 
 
-def train_epoch(run: Run, epoch: int, started_s: float) -> None:
-    """One pass over the training images; logs its means. `started_s` is when this process began with `first_epoch`."""
-    config, ranks = run.config, run.ranks
+def train_epoch(run: Run, epoch: int) -> None:
+    """One pass over the training images; logs its means."""
+    config = run.config
     run.ds_engine.train()
     watch = Stopwatch(run.ranks.device)
     check = lora.GradientCheck(run.peft_model) if run.progress.step == 0 else None
     sums: dict[str, Tensor] = {}
     plan = epoch_plan(run, epoch)
     for number, batch in enumerate(watch.timed("data", run.features.batches(plan)), start=1):
+        lr = run.ds_engine.lr_scheduler.get_last_lr()[0]  # of this step; the step itself moves it on
         terms = train_step(run, batch, watch)
-        sums = {name: sums.get(name, 0) + value.detach() for name, value in terms.items()}
+        sums = {name: sums.get(name, 0) + value for name, value in terms.items()}
         if number % config.gradient_accumulation_steps:
             continue
         run.progress = dataclasses.replace(run.progress, step=run.progress.step + 1)
@@ -92,21 +92,13 @@ def train_epoch(run: Run, epoch: int, started_s: float) -> None:
         run.log.advance()
         if run.progress.step % config.log_every_steps == 0:
             run.watch.check(config)
-            run.log.step({"epoch": epoch, "step": run.progress.step} | _loss_row(run, terms))
+            run.log.step({"epoch": epoch, "step": run.progress.step, "lr": lr} | _loss_row(terms))
     run.watch.check(config)
     run.progress = dataclasses.replace(run.progress, epoch=epoch)
-    means = {name: engine.all_reduce_sum(value / len(plan)) / ranks.world_size for name, value in sums.items()}
-    seconds = time.monotonic() - epoch_started_s
-    shares = watch.seconds()
-    row = {"epoch": epoch, "step": run.progress.step} | _loss_row(run, means)
-    row |= {f"{name}_s": shares[name] / run.steps_per_epoch for name in ("data", "forward", "backward", "optimizer")}
-    row |= {
-        "step_s": seconds / run.steps_per_epoch,
-        "samples_per_s": len(plan) * len(plan[0]) * ranks.world_size / seconds,
-    }
-    row["eta_s"] = (time.monotonic() - started_s) / epoch * (config.num_epochs - epoch)
-    if ranks.device.type == "cuda":
-        row["gpu_gib"] = torch.cuda.max_memory_allocated(ranks.device) / 2**30
+    means = {name: engine.all_reduce_sum(value / len(plan)) / run.ranks.world_size for name, value in sums.items()}
+    row = {"epoch": epoch, "step": run.progress.step, "lr": lr} | _loss_row(means) | _speed_row(run, plan, watch)
+    epochs_done = epoch - run.first_epoch + 1
+    row["eta_s"] = (time.monotonic() - run.started_s) / epochs_done * (config.num_epochs - epoch)
     run.log.epoch(row)
 
 
@@ -123,7 +115,7 @@ def train_step(run: Run, batch: Batch, watch: Stopwatch) -> dict[str, Tensor]:
     with watch.part("optimizer"):
         run.ds_engine.step()
     run.watch.update(terms["total"], run.ds_engine.get_global_grad_norm(), run.progress.step + 1)
-    return terms
+    return {name: value.detach() for name, value in terms.items()}
 
 
 def loss_terms(masks: Masks, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
@@ -252,7 +244,7 @@ def dry_run(config: TrainConfig) -> Result:
             row = validate_and_keep(run, None)
             run.log.line(run.features.check_memory(len(run.data.train) + len(run.data.val)))
             run.log.start(1)
-            train_epoch(run, 1, time.monotonic())
+            train_epoch(run, 1)
             validate_and_keep(run, None)
             checkpoint.load(run.directory / "checkpoint_best", run.ds_engine, run.ranks)
             run.log.line("Dry run: data, model, one step, one validation batch and one checkpoint are in order")
@@ -271,15 +263,12 @@ def _assert_learning(run: Run, check: lora.GradientCheck) -> None:
     """After the first step: stops the run if a LoRA matrix got no update or a frozen weight moved."""
     problems = check.problems(run.peft_model)
     if problems:
-        raise DivergedError(
-            f"after the first step {'; '.join(problems)}: the training set-up is wrong, nothing was saved"
-        )
+        raise DivergedError(f"after the first step {'; '.join(problems)}: nothing was saved, the set-up is wrong")
     run.log.line("Gradient check: every LoRA B moved, no frozen parameter did")
 
 
-def _loss_row(run: Run, terms: dict[str, Tensor]) -> dict[str, float]:
-    row = {("loss" if name == "total" else name): float(value.detach()) for name, value in terms.items()}
-    return row | {"lr": float(run.ds_engine.lr_scheduler.get_last_lr()[0])}
+def _loss_row(terms: dict[str, Tensor]) -> dict[str, float]:
+    return {("loss" if name == "total" else name): float(value) for name, value in terms.items()}
 
 
 def _speed_row(run: Run, plan: list[list[Item]], watch: Stopwatch) -> dict[str, float]:
@@ -297,13 +286,13 @@ def _scores(row: dict) -> dict[str, float]:
     return {name: row[name] for name in ("dice", "dice_best", "threshold_best", "iou", "recall", "precision")}
 
 
-def _finish(run: Run, started_s: float) -> Result:
+def _finish(run: Run) -> Result:
     """Report, picture, and the closing lines."""
     runs.write_report(run)
     figures, progress = run.progress.figures, run.progress
     base, base_best = figures["base_dice"], figures["base_dice_best"]
     log = run.log.line
-    log(f"Best Dice {progress.best_dice:.4f} at epoch {progress.best_epoch}, {time.monotonic() - started_s:.0f} s")
+    log(f"Best Dice {progress.best_dice:.4f} at epoch {progress.best_epoch}, {time.monotonic() - run.started_s:.0f} s")
     log(f"  base {base:.4f}: gain {progress.best_dice - base:+.4f}")
     log(
         f"  base at its best threshold {figures['base_threshold_best']:.2g}: {base_best:.4f}: "

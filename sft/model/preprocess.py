@@ -2,7 +2,8 @@
 
 Takes RGB uint8 arrays and text, gives float tensors (T, 3, H, W) and token ids. It does not know masks or files.
 
-Source of the constants: InternVL2.5's and Sa2VA's preprocessing (ImageNet statistics, bicubic, 1-12 tiles, a thumbnail).
+Source of the constants: InternVL2.5's and Sa2VA's preprocessing (ImageNet statistics, bicubic, 1-12 tiles and a
+thumbnail).
 """
 
 from dataclasses import dataclass

@@ -80,16 +80,17 @@ _ADDED = ("[SEG]", "<p>", "</p>", "<vp>", "</vp>")
 # Words of the prompts and answers first, then words a user's own question may hold: these get embeddings of their
 # own instead of <unk>, though training never saw them.
 _WORDS = """
-user assistant Please segment Can you Could please Segment in this image the Sure It is
-. , ? ! : ; - ' " ( ) a an of and or with all every each that which are can to from on at by for
-vessel vessels blood artery arteries vein veins capillary capillaries coronary retinal retina fundus optic disc discs disk
-cup macula fovea lesion lesions haemorrhage haemorrhages hemorrhage exudate exudates aneurysm aneurysms microaneurysms
-aorta carotid cerebral brain liver lung kidney hepatic portal pulmonary heart left right upper lower top bottom middle
-centre center main side branch branches trunk trunks tree trees thin thick fine large small narrow wide dark bright
-light red green blue white black grey gray line lines catheter wire guidewire rib ribs tumour tumor polyp polyps nerve nerves
-skin cell cells nucleus nuclei bone bones tissue organ background foreground region regions area areas object objects
-structure structures network filled contrast angiogram angiography X-ray photograph picture scan slice frame mask masks
-find show mark outline highlight give me what where here there visible only not without but major minor first second
+user assistant Please segment Can you Could please Segment in this image the Sure It is . , ? ! : ; - ' " ( )
+a an of and or with all every each that which are can to from on at by for vessel vessels blood artery
+arteries vein veins capillary capillaries coronary retinal retina fundus optic disc discs disk cup macula
+fovea lesion lesions haemorrhage haemorrhages hemorrhage exudate exudates aneurysm aneurysms microaneurysms
+aorta carotid cerebral brain liver lung kidney hepatic portal pulmonary heart left right upper lower top
+bottom middle centre center main side branch branches trunk trunks tree trees thin thick fine large small
+narrow wide dark bright light red green blue white black grey gray line lines catheter wire guidewire rib ribs
+tumour tumor polyp polyps nerve nerves skin cell cells nucleus nuclei bone bones tissue organ background
+foreground region regions area areas object objects structure structures network filled contrast angiogram
+angiography X-ray photograph picture scan slice frame mask masks find show mark outline highlight give me what
+where here there visible only not without but major minor first second
 """.split()  # noqa: SIM905 - a list of 200 strings is harder to read
 
 

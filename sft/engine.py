@@ -294,6 +294,8 @@ def _silence() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     for message in (".*is_gradient_checkpointing.*deprecated", r".*torch\.distributed\..*deprecated"):
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    # The device of a barrier is the one `_pick_device` made current.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
 
 
 def _pick_device(local_rank: int, precision: str) -> torch.device:

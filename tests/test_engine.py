@@ -260,9 +260,9 @@ def test_set_schedule_step_is_where_that_many_steps_lead(ranks, tmp_path):
 # Losses and gradients that are not finite
 
 
-def test_watch_reports_the_first_bad_step_only_when_asked():
-    config, watch = TrainConfig(), FiniteWatch(torch.device("cpu"))
-    fine, bad = torch.tensor(1.0), torch.tensor(float("nan"))
+def test_watch_reports_the_first_bad_step_only_when_asked(ranks):
+    config, watch = TrainConfig(), FiniteWatch(ranks.device)
+    fine, bad = (torch.tensor(value, device=ranks.device) for value in (1.0, float("nan")))
     watch.update(fine, None, 1)
     watch.update(fine, torch.tensor(3.0), 2)
     watch.check(config)

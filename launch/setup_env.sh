@@ -64,7 +64,7 @@ make_venv() {
   find "$venv/" -mindepth 1 -delete # not the folder itself: it may be a link to another disk
   echo incomplete 2>/dev/null >"$state" || fail "cannot write $state: no permission, or the disk is full"
   say "making .venv with Python $(version_of "$python"): takes minutes, once (log: $log)"
-  "$python" -m venv "$venv" >"$log" 2>&1 || explain "$python -m venv failed"
+  "$python" -m venv "$(cd "$venv" && pwd -P)" >"$log" 2>&1 || explain "$python -m venv failed" # venv takes no link
 }
 
 # Prints the first Python that will do; with $PYTHON set, that one or none.
@@ -137,7 +137,7 @@ explain() {
   if grep -qE 'No space left|Disk quota exceeded' "$log"; then
     fail "the disk is full: $venv, pip's cache or ${TMPDIR:-/tmp}; the environment takes 2 to 10 GB (log: $log)"
   elif grep -qE 'connection broken by|NewConnectionError|ConnectTimeout|ReadTimeout|ProxyError|SSLError' "$log"; then
-    fail "pip cannot reach its package index; check the network and 'pip config list' (log: $log)"
+    fail "pip cannot reach its index; check the network and 'pip config list' (log: $log)"
   fi
   tail -n 15 "$log" >&2
   fail "$1; its last lines are above (log: $log)"

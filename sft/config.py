@@ -127,7 +127,7 @@ class TrainConfig:
     include: str | None = None
     """The same in DeepSpeed's words, `localhost:0,1`."""
     num_workers: Annotated[int, Range(at_least=0)] = 2
-    """Processes that read images, per rank; 0 reads in the training process."""
+    """Threads that read images ahead of the step, per rank; 0 counts as 1."""
     feature_cache: Literal["memory", "off"] = "memory"
     """Where outputs of frozen encoders are kept."""
     resume: PathText | None = None
@@ -324,7 +324,10 @@ def _unknown_argument(unknown: list[str]) -> str:
 
 def _print_and_exit(text: str) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
-        print(text)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # `| head` has read enough; what is left must not fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
 
 

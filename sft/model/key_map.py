@@ -92,7 +92,7 @@ def to_native(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if fused := _QKV_PUBLISHED.match(name):
         layer, kind = fused.groups()
         prefix = f"vision_model.encoder.layer.{layer}.attention."
-        parts = zip("qkv", tensor.chunk(3), strict=True)
+        parts = zip("qkv", tensor.tensor_split(3), strict=True)  # chunk(3) of 4 rows would give two
         return {f"{prefix}{which}_proj.{kind}": part for which, part in parts}
     if name == _GAUSSIAN_PUBLISHED:
         return {native: tensor.clone() for native in _GAUSSIAN_NATIVE}
@@ -103,8 +103,8 @@ def to_native(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def join_rows(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The row entries of `to_native`, all collected -> the whole tensors."""
-    return {_POINT_NATIVE: torch.cat([rows[f"{_POINT_NATIVE}[{i}]"] for i in range(len(rows))])} if rows else {}
+    """The row entries of `to_native`, all collected -> the whole tensors; fewer rows give a lower tensor."""
+    return {_POINT_NATIVE: torch.cat([rows[name] for name in sorted(rows)])} if rows else {}
 
 
 def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:

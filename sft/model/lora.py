@@ -5,12 +5,16 @@ Takes a `Sa2VA` and a TrainConfig, gives a PeftModel; writes adapters whose keys
 """
 
 import json
+import pickle
 import re
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,6 +24,7 @@ from sft.model.sa2va import Sa2VA
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_SAFETENSORS, ADAPTER_BIN = "adapter_model.safetensors", "adapter_model.bin"
+Whole = Callable[[list[nn.Parameter]], AbstractContextManager]
 _PREFIX = "base_model.model."  # peft's own, before every module path
 _DECODER = "grounding_encoder.sam2_model.mask_decoder"
 _ENCODER = "grounding_encoder.sam2_model.vision_encoder.backbone"
@@ -69,12 +74,14 @@ class GradientCheck:
     Zero LoRA gradients leave a finite loss, so nothing else shows them.
     """
 
-    def __init__(self, peft_model: PeftModel):
-        self.before = _fingerprints(peft_model)
+    def __init__(self, peft_model: PeftModel, whole: Whole = lambda parameters: nullcontext()):
+        """Args: whole: makes parameters whole while inside, where ranks hold slices of them (ZeRO-3)."""
+        self._whole = whole
+        self.before = _fingerprints(peft_model, self._whole)
 
     def problems(self, peft_model: PeftModel) -> list[str]:
         """One line per kind of failure, with the names; empty when all is well."""
-        after = _fingerprints(peft_model)
+        after = _fingerprints(peft_model, self._whole)
         moved = {name for name, value in after.items() if not torch.equal(value, self.before[name])}
         trainable = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
         still = sorted(name for name in trainable if ".lora_B." in name and name not in moved)
@@ -129,12 +136,17 @@ def load_adapter(peft_model: PeftModel, directory: Path) -> None:
 
 
 def read_adapter(directory: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter directory under their published names."""
-    if (directory / ADAPTER_SAFETENSORS).is_file():
-        return load_file(directory / ADAPTER_SAFETENSORS)
-    if (directory / ADAPTER_BIN).is_file():
-        return torch.load(directory / ADAPTER_BIN, map_location="cpu", weights_only=True)
-    raise UserError(f"{directory}: no {ADAPTER_SAFETENSORS} and no {ADAPTER_BIN}; give a checkpoint directory of a run")
+    """The tensors of an adapter directory under their published names; raises UserError if there are none to read."""
+    file = next((directory / name for name in (ADAPTER_SAFETENSORS, ADAPTER_BIN) if (directory / name).is_file()), None)
+    if file is None:
+        raise UserError(
+            f"{directory}: no {ADAPTER_SAFETENSORS} and no {ADAPTER_BIN}; give a checkpoint directory of a run"
+        )
+    try:
+        return load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: unreadable adapter ({reason}); give another checkpoint directory") from error
 
 
 def _scope_root(scope: str) -> str:
@@ -203,10 +215,11 @@ def _rename(name: str, rename) -> str:
 
 
 @torch.no_grad()
-def _fingerprints(peft_model: PeftModel) -> dict[str, Tensor]:
+def _fingerprints(peft_model: PeftModel, whole: Whole) -> dict[str, Tensor]:
     """Two sums per parameter in fp64: enough to see any single update, without keeping a copy of the weights."""
     values = {}
     for name, parameter in peft_model.named_parameters():
-        flat = parameter.detach().flatten()
-        values[name] = torch.stack([flat.sum(dtype=torch.float64), flat.abs().sum(dtype=torch.float64)])
+        with whole([parameter]):
+            flat = parameter.detach().flatten()
+            values[name] = torch.stack([flat.sum(dtype=torch.float64), flat.abs().sum(dtype=torch.float64)])
     return values

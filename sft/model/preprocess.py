@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from sft.config import UserError
 from sft.model.sa2va import Prompt
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -50,7 +52,7 @@ class Preprocess:
     `sam2_px` side of SAM2's square input.
     """
 
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     template: Template
     tile_px: int
     tokens_per_tile: int
@@ -75,7 +77,13 @@ class Preprocess:
         return _normalise(Image.fromarray(image_HW3).resize((self.sam2_px, self.sam2_px)))
 
     def question_ids(self, question: str, tile_count: int) -> list[int]:
-        """Token ids up to and with the assistant's turn, for free generation."""
+        """Token ids up to and with the assistant's turn, for free generation.
+
+        Raises:
+            UserError: the question holds the word that stands for a piece of the image.
+        """
+        if IMAGE_TOKEN in question:  # it would take another sample's vision token
+            raise UserError(f"question {question!r}: {IMAGE_TOKEN} stands for a piece of the image; leave it out")
         image = IMAGE_START + IMAGE_TOKEN * (tile_count * self.tokens_per_tile) + IMAGE_END
         return self.tokenizer.encode(self.template.question.format(f"{image}\n{question}"))
 
@@ -85,6 +93,7 @@ class Preprocess:
 
     @property
     def seg_token_id(self) -> int:
+        """Id of [SEG]."""
         return self.tokenizer.convert_tokens_to_ids(SEG_TOKEN)
 
     @property

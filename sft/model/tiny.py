@@ -3,6 +3,9 @@
 Gives the config.json of a published directory and a word-level tokenizer; it does not train or load anything.
 """
 
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 TINY_CONFIG = {
     "architectures": ["Sa2VAChatModel"],
     "model_type": "sa2va_chat",
@@ -94,15 +97,12 @@ where here there visible only not without but major minor first second
 """.split()  # noqa: SIM905 - a list of 200 strings is harder to read
 
 
-def build_tokenizer(targets: tuple[str, ...]):
+def build_tokenizer(targets: tuple[str, ...]) -> PreTrainedTokenizerFast:
     """A word-level tokenizer: one token a word, so that a target's name is not spread over pieces.
 
     Args:
         targets: phrases whose words must be in the vocabulary.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     words = dict.fromkeys([*_SPECIAL, "\n", *_WORDS, *(word for target in targets for word in target.split())])
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(

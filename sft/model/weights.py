@@ -1,0 +1,125 @@
+"""Safetensors shards -> a native model on its device, one tensor at a time, each place filled once.
+
+Takes a directory with one file or with shards and their index. It does not know what config.json means.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sft.config import UserError
+from sft.model import key_map
+from sft.model.sa2va import Sa2VA
+
+INDEX, FILE = "model.safetensors.index.json", "model.safetensors"
+
+
+def fill(model: Sa2VA, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Puts every tensor of a directory's shards in its place in the native model, each place filled once.
+
+    Args:
+        model: weights on the meta device.
+        directory: holds model.safetensors, or shards and their index.
+        dtype: of all weights.
+        device: weights go from the shards straight there.
+
+    Raises:
+        UserError: no weights, a shard missing or unreadable; tensors missing, left over or of another shape, listed.
+    """
+    wanted = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+    tied = model.language_model.config.tie_word_embeddings
+    if tied:
+        wanted.pop("language_model.lm_head.weight", None)
+    rows: dict[str, Tensor] = {}
+    left_over, misshapen = [], []
+
+    def place(name: str, tensor: Tensor) -> None:
+        if "[" in name:
+            rows[name] = tensor
+        elif name not in wanted:
+            left_over.append(key_map.published_name(name))
+        elif wanted[name].shape != tensor.shape:
+            expected = list(wanted.pop(name).shape)
+            shapes = f"{list(tensor.shape)} in the file, {expected} by config.json"
+            misshapen.append(f"{key_map.published_name(name)}: {shapes}")
+        else:
+            _assign(model, name, tensor.to(device=device, dtype=dtype))
+            del wanted[name]
+
+    for published, tensor in _tensors(directory):
+        if tied and published == "language_model.lm_head.weight":
+            continue  # from_pretrained ties it to the embeddings whatever the file holds
+        for name, part in key_map.to_native(published, tensor).items():
+            place(name, part)
+    for name, whole in key_map.join_rows(rows).items():
+        place(name, whole)
+    missing = sorted({key_map.published_name(name) for name in wanted})
+    _report_mismatch(directory, missing, left_over, misshapen)
+    if tied:
+        model.language_model.tie_weights()
+    for buffer_owner in model.modules():  # buffers outside the state dict (rotary frequencies) were made on the CPU
+        for name in buffer_owner._non_persistent_buffers_set:
+            buffer_owner._buffers[name] = buffer_owner._buffers[name].to(device)
+
+
+def read_json(file: Path) -> dict:
+    """A published JSON file; a UserError if it is none or holds no settings by name."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid JSON ({error}); copy the file from the published model again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds no settings by name; copy the file from the published model again")
+    return content
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a directory, all there; else a UserError says which is missing."""
+    index = directory / INDEX
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not weight_map:
+            raise UserError(f"{index}: has no weight_map; copy the file from the published model again")
+        names = sorted(set(weight_map.values()))
+        absent = [name for name in names if not (directory / name).is_file()]
+        if absent:
+            raise UserError(f"{index}: names shards that are not there: {', '.join(absent)}; download them")
+        return [directory / name for name in names]
+    if (directory / FILE).is_file():
+        return [directory / FILE]
+    raise UserError(f"{directory}: no {FILE} and no {INDEX}; weights are read from safetensors only")
+
+
+def _tensors(directory: Path):
+    """Yields (published name, tensor) shard by shard; memory holds one tensor at a time."""
+    for file in weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 - an open shard is no mapping
+                    yield name, shard.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{file}: unreadable safetensors file ({error}); download it again") from error
+
+
+def _assign(model: Sa2VA, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def _report_mismatch(directory: Path, missing: list[str], left_over: list[str], misshapen: list[str]) -> None:
+    lines = [f"{len(missing)} missing ({_some(missing)})"] if missing else []
+    lines += [f"{len(left_over)} left over ({_some(left_over)})"] if left_over else []
+    lines += [f"{len(misshapen)} of another shape ({_some(misshapen)})"] if misshapen else []
+    if lines:
+        raise UserError(f"{directory}: the weights do not fit config.json: {'; '.join(lines)}; check the download")
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

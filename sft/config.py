@@ -242,6 +242,8 @@ def check_paths(config: TrainConfig) -> None:
     try:
         _check_inputs(config)
         _check_output(Path(config.output_dir))
+        if config.resume == "auto" and not any(Path(config.output_dir).glob("lora_sft_*/checkpoint_*")):
+            raise UserError(f"resume auto: no checkpoint of any run in {config.output_dir}; leave --resume out")
     except OSError as error:  # even looking is forbidden, or the name is too long
         raise UserError(f"{error.filename}: {error.strerror}; name another path") from None
 

@@ -209,7 +209,7 @@ def _choose(
         if device is None and any(_is(Device(number, number, uuid), name) for number, uuid in installed.items()):
             raise UserError(f"device {name} is outside {LIMIT}={limit}; choose among {_listed(visible)}, or change it")
         if device is None:
-            has = f"this machine has {_listed(installed)}" if installed else "no GPU is visible; leave the choice out"
+            has = f"those that exist: {_listed(installed)}" if installed else "no GPU is visible; leave the choice out"
             raise UserError(f"device {name} does not exist: {has}{' to train on the CPU' if not installed else ''}")
         chosen.append(device)
     return chosen

@@ -298,6 +298,7 @@ def test_paths_are_checked_one_by_one(tmp_path: Path) -> None:
         ({"data_root": str(tmp_path / "gone")}, "data_root .*gone is not a directory"),
         ({"val_list": str(tmp_path / "gone")}, "val_list"),
         ({"resume": str(tmp_path / "gone")}, "resume"),
+        ({"resume": "auto"}, "resume auto: no checkpoint of any run in .*out"),
         ({"deepspeed_config": "zero4"}, "one of: zero1, zero2, zero2_offload, zero3"),
         ({"output_dir": str(file / "out")}, "is a file; name another folder|Not a directory"),
         ({"data_root": "x" * 5000}, "too long"),
@@ -305,6 +306,7 @@ def test_paths_are_checked_one_by_one(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=expected):
             check_paths(dataclasses.replace(good, **changes))
     (model / "config.json").write_text("{}")
+    (tmp_path / "new" / "out" / "lora_sft_20261123_000000" / "checkpoint_best").mkdir(parents=True)
     check_paths(dataclasses.replace(good, model_path=str(model), data_root=str(data), resume="auto"))
 
 

@@ -150,7 +150,7 @@ def test_a_launched_rank_without_a_choice_is_left_as_it_is() -> None:
 
 
 def test_a_device_that_does_not_exist_is_refused_with_those_that_do() -> None:
-    with pytest.raises(UserError, match=r"^device 7 does not exist: this machine has 0, 1, 2, 3$"):
+    with pytest.raises(UserError, match=r"^device 7 does not exist: those that exist: 0, 1, 2, 3$"):
         plan("7", None, {}, GPUS)
     with pytest.raises(UserError, match="no GPU is visible; leave the choice out to train on the CPU"):
         plan("0", None, {}, {})
@@ -256,7 +256,7 @@ def test_plain_python_starts_one_process_per_device(gpus: Probe) -> None:
 
 def test_the_train_script_refuses_a_device_that_does_not_exist(gpus: Probe) -> None:
     code, out, err = gpus.run(sys.executable, str(ROOT / "launch" / "train.py"), "--gpu", "7")
-    assert (code, out, err) == (2, "", "error: device 7 does not exist: this machine has 0, 1, 2, 3\n")
+    assert (code, out, err) == (2, "", "error: device 7 does not exist: those that exist: 0, 1, 2, 3\n")
 
 
 def test_one_failing_rank_ends_the_others_and_is_shown(gpus: Probe) -> None:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from sft.config import TrainConfig, UserError
-from sft.model import key_map, lora
+from sft.model import key_map, lora, published
 
 ALL_TARGETS = TrainConfig().lora_target_modules
 SCOPES = [
@@ -218,7 +218,7 @@ def test_an_adapter_holds_no_base_weight_and_its_settings_say_what_it_is(tmp_pat
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert settings["modules_to_save"] == ["grounding_encoder.sam2_model.sam_mask_decoder"]
     expected = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "lora_dropout": 0.0, "bias": "none"}
-    expected |= {"base_model_name_or_path": "embedded", "inference_mode": True, "task_type": None}
+    expected |= {"base_model_name_or_path": str(published.EMBEDDED), "inference_mode": True, "task_type": None}
     assert {key: settings[key] for key in expected} == expected
 
 

@@ -195,8 +195,8 @@ _PATTERN_WORDS = (
 
 
 def _published_pattern(pattern: str) -> str:
-    for native, published in _PATTERN_WORDS:
-        pattern = pattern.replace(native, published)
+    for native, outside in _PATTERN_WORDS:
+        pattern = pattern.replace(native, outside)
     return pattern
 
 

@@ -1,9 +1,11 @@
 """Fine-tune a Sa2VA checkpoint: settings, devices, then sft.train. A mistake ends in one line and exit code 2."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # a checkout's scripts run the checkout's package, installed or not
@@ -25,6 +27,8 @@ def main() -> int:
             return exit_code
         from sft.train import train  # torch and all the rest load here
 
+        if os.environ["RANK"] == "0":  # it has files to close; the others end at once
+            signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
         train(config)
     except UserError as error:
         print_error(error)
@@ -45,5 +49,12 @@ def print_error(error: UserError) -> None:
     print(f"error: {message}" if rank == "0" else f"error (rank {rank}): {message}", file=sys.stderr)
 
 
+def leave(exit_code: int) -> NoReturn:
+    """Leave the process group, which complains otherwise, and end."""
+    if engine := sys.modules.get("sft.engine"):
+        engine.shut_down()
+    sys.exit(exit_code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

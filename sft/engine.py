@@ -191,6 +191,15 @@ def full_parameters(ds_engine: Engine, parameters: list[nn.Parameter]) -> Iterat
         yield
 
 
+def settle(ds_engine: Engine) -> None:
+    """Waits for what ZeRO-3 has fetched ahead; call after forward passes that no backward pass follows.
+
+    Such a pass leaves parameters in flight for the backward pass it expects, and then none can be made whole.
+    """
+    if ds_engine.zero_optimization_stage() == 3:
+        ds_engine.empty_partition_cache()
+
+
 def trainable_state(ds_engine: Engine) -> dict[str, Tensor]:
     """Trainable weights by name, in the compute dtype (what validation measured), whole. Collective.
 
@@ -296,6 +305,12 @@ def _silence() -> None:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
     # The device of a barrier is the one `_pick_device` made current.
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # ZeRO-3 cannot look into the model's own output types; their tensors come from submodules, which it does hook.
+    return "unknown inputs or outputs type" not in record.getMessage()
 
 
 def _pick_device(local_rank: int, precision: str) -> torch.device:

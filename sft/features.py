@@ -7,6 +7,8 @@ Vision tokens depend on the image alone, SAM2's features too unless its encoder 
 Shapes: B samples, T tiles over the batch, N tokens per tile, C language model width, H x W pixels.
 """
 
+import itertools
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +34,9 @@ class Item:
 
     pair: Pair
     view: int = 0
+
+    def __hash__(self) -> int:
+        return hash((self.pair.name, self.view))  # not over a pair's polygons, which can be long; names are unique
 
 
 @dataclass(frozen=True)
@@ -85,38 +90,61 @@ class Features:
         # conv_s0 and conv_s1 belong to the mask decoder: while it trains, features are kept before them.
         self._project = "mask_decoder" not in config.train_modules
         self._kept: dict[Item, _Encoded] = {}
+        self.longest_prompt_tokens = 0  # over all batches so far, image and answer included
         self._readers = ThreadPoolExecutor(max(1, config.num_workers), thread_name_prefix="read")
 
     def batches(self, plan: Sequence[Sequence[Item]]) -> Iterator[Batch]:
         """Yields one Batch per entry of the plan, in its order; files of the next ones are read meanwhile."""
-        reading: dict[int, dict[Item, Future]] = {}
+        reading: dict[Item, Future] = {}
         for position, items in enumerate(plan):
-            for ahead in range(position, min(position + 1 + READ_AHEAD_BATCHES, len(plan))):
-                if ahead not in reading:
-                    missing = [item for item in dict.fromkeys(plan[ahead]) if item not in self._kept]
-                    reading[ahead] = {item: self._readers.submit(self._read, item) for item in missing}
-            encoded = {item: self._encode(future.result()) for item, future in reading.pop(position).items()}
+            for item in itertools.chain(*plan[position : position + 1 + READ_AHEAD_BATCHES]):
+                if item not in self._kept and item not in reading:
+                    reading[item] = self._readers.submit(self._read, item)
+            missing = [item for item in dict.fromkeys(items) if item in reading]
+            encoded = {item: self._encode(reading.pop(item).result()) for item in missing}
             if self._config.feature_cache == "memory":
                 self._kept |= encoded
             yield self._collate([encoded.get(item) or self._kept[item] for item in items], tuple(items))
 
-    def check_memory(self, pairs: int) -> str:
-        """Says what keeping the features of `pairs` images takes; refuses what the machine's memory cannot hold.
+    def check_memory(self, train: int, val: int, ranks: int) -> str:
+        """Says what keeping the features will take; refuses what the machine's memory cannot hold.
 
-        Call after a first batch; raises UserError.
+        Args:
+            train: training images. Every rank sees all of them in the course of the epochs, and keeps them.
+            val: validation images. Each rank keeps its share.
+            ranks: ranks on this machine.
+
+        Raises:
+            UserError: too little memory is free. Call after a first batch, which shows what an image takes.
         """
         if self._config.feature_cache == "off":
             return "Frozen features: computed anew in every step (--feature_cache off)"
         one = max(encoded.bytes() for encoded in self._kept.values())
         views = VIEWS if self._config.augment else 1
-        need, free = one * pairs * views, _free_memory_bytes()
-        text = f"{need / 2**30:.1f} GiB for {pairs:,} images{f' in {views} views' if views > 1 else ''}"
+        need, free = one * (train * views * ranks + val), _free_memory_bytes()
+        text = f"{need / 2**30:.1f} GiB for {train + val:,} images" + (f" in {views} views" if views > 1 else "")
+        text += f" on {ranks} ranks" if ranks > 1 else ""
         if need > MEMORY_SHARE * free:
             raise UserError(
                 f"feature_cache memory: keeping frozen features takes {text}, {free / 2**30:.1f} GiB of memory is "
                 "free; use --feature_cache off" + (", or --augment false" if views > 1 else "")
             )
         return f"Frozen features: computed once and kept in memory, {text}"
+
+    def set_encoders_aside(self) -> None:
+        """Takes the frozen encoders out of the model's parameters; they still answer to their names. For ZeRO-3.
+
+        It keeps slices of all parameters of a model and makes them whole inside the engine's forward alone. But the
+        encoders run outside of it, and on some ranks only: they have to stay whole on every rank.
+        """
+        sam2, parts = self._model.sam2, [(self._model, "vision_model"), (self._model, "mlp1")]
+        if not self._encoder_trains:
+            parts += [(sam2, "vision_encoder"), (sam2, "no_memory_embedding")]
+            parts += [(sam2.mask_decoder, name) for name in ("conv_s0", "conv_s1") if self._project]
+        for owner, name in parts:
+            part = getattr(owner, name)
+            delattr(owner, name)
+            object.__setattr__(owner, name, part)  # torch's own would register it again
 
     def close(self) -> None:
         """Stops the reading threads."""
@@ -152,6 +180,7 @@ class Features:
             [len(one.vision_tokens_TNC) for one in encoded],
             with_labels=self._config.text_weight > 0,
         )
+        self.longest_prompt_tokens = max(self.longest_prompt_tokens, prompt.input_ids_BL.shape[1])
         labels = None if prompt.labels_BL is None else prompt.labels_BL.to(self._device)
         sam2 = [together(list(parts)) for parts in zip(*(one.sam2 for one in encoded), strict=True)]
         return Batch(
@@ -169,8 +198,16 @@ def turned(pixels_HWx: np.ndarray, view: int) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(mirrored, view % 4))
 
 
-def _free_memory_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise UserError("/proc/meminfo does not say MemAvailable; use --feature_cache off")
+def _free_memory_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Free memory of the machine, or of the container or batch job (cgroup v2) that this process is limited to."""
+    lines = (proc / "meminfo").read_text().splitlines()
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    membership = proc / "self" / "cgroup"
+    own = re.search(r"^0::/(.*)", membership.read_text(), re.MULTILINE) if membership.exists() else None
+    inner = groups / (own[1] if own else "")
+    for group in (inner, *inner.parents):
+        limit = group / "memory.max"
+        if limit.is_file() and (most := limit.read_text().strip()) != "max":
+            cache = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+            free.append(int(most) - int((group / "memory.current").read_text()) + int(cache[1] if cache else 0))
+    return min(free)

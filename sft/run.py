@@ -6,35 +6,31 @@ Takes a TrainConfig, gives a `Run` that the loop in train.py drives. It decides 
 import contextlib
 import dataclasses
 import json
-import platform
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from sft import __version__, checkpoint, data, engine
+from sft import checkpoint, data, engine, provenance, zero_json
 from sft.config import TrainConfig, UserError
 from sft.features import Features
 from sft.finite import FiniteWatch
-from sft.memory import ModelSize, explain_out_of_memory
+from sft.memory import GIB, ModelSize, estimate, explain_out_of_memory
 from sft.model import lora, published
 from sft.report import NullLog, RunLog
 from sft.report.page import write_html
 from sft.report.pictures import ComparisonRow, comparison_picture
 
-PACKAGES = ("torch", "transformers", "peft", "deepspeed", "safetensors", "numpy", "pillow")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.model")
-# What may differ between a run and its continuation: where and how it runs, not what it computes.
-FREE_ON_RESUME = {"resume", "gpu", "include", "output_dir", "num_workers", "feature_cache", "log_every_steps"}
-FREE_ON_RESUME |= {"tensorboard", "save_every", "save_format", "dry_run", "gradient_checkpointing", "val_batch_size"}
 PICTURED = 4  # validation images in the comparison picture
+TYPICAL_TOKENS = 512  # of a sample, as long as no batch has told
+
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -47,6 +43,7 @@ class Run:
     data: data.Loaded
     loaded: published.Loaded
     peft_model: object
+    size: ModelSize
     features: Features
     ds_engine: engine.Engine
     log: RunLog | NullLog
@@ -57,43 +54,73 @@ class Run:
     """The first epoch that this process trains: 1, or more after a resume."""
     started_s: float = field(default_factory=time.monotonic)
     pictures: dict[str, dict] = field(default_factory=dict)
-    """"base" and "tuned" -> name -> predicted mask, of the first validation images; main rank only."""
+    """"base", "tuned" and "latest" -> name -> predicted mask, of the first validation images; main rank only."""
 
 
 @contextlib.contextmanager
-def prepared(config: TrainConfig) -> Iterator[Run]:
-    """Builds a run, new or resumed, and closes it; an out-of-memory error leaves with advice.
+def prepared(config: TrainConfig, scratch: Path | None = None) -> Iterator[Run]:
+    """Builds a run, new or resumed, and closes it.
+
+    Nothing is written before all of it stands. What ends a run early is noted in training.log, an out-of-memory error
+    with advice, and a new run that ends before its first step leaves no directory.
+
+    Args:
+        config: all settings.
+        scratch: written to instead of output_dir; of a dry run.
 
     Raises:
-        UserError: anything the user can mend, before the first step.
+        UserError: anything the user can mend, before the first step; too little GPU memory at any time.
     """
     ranks = engine.start(config)
-    resumed = checkpoint.find_resume(Path(config.output_dir), config.resume) if config.resume else None
-    directory = resumed.parent if resumed else _new_directory(config)
-    loaded_data = _load_data(config, ranks, directory, resumed)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    loaded = published.load(config.model_path, dtype=dtype, device=ranks.device)
-    peft_model = lora.wrap(loaded.model, config)
-    if config.gradient_checkpointing:
-        loaded.model.enable_activation_checkpointing()
-    features = Features(loaded.model, loaded.preprocess, config, ranks.device)
-    steps_per_epoch = count_steps(len(loaded_data.train), config, ranks.world_size)
+    resumed = on_main(ranks, lambda: _find_resumed(config))
+    loaded_data = on_main(ranks, lambda: data.load(config, split_file=resumed and resumed.parent / "split.json"))
+    output_dir, features, size, run = scratch or Path(config.output_dir), None, None, None
     try:
-        _check_disk(config, directory, peft_model)
+        loaded, peft_model, size = _load_model(config, ranks, loaded_data)
+        on_main(ranks, lambda: _check_disk(config, size, resumed))
+        features = Features(loaded.model, loaded.preprocess, config, ranks.device)
+        steps_per_epoch = count_steps(len(loaded_data.train), config, ranks.world_size)
         groups = _parameter_groups(peft_model, config)
+        if zero_json.read(config.deepspeed_config)["zero_optimization"]["stage"] == 3:
+            features.set_encoders_aside()
         ds_engine = engine.initialize(peft_model, groups, config, ranks, steps_per_epoch * config.num_epochs)
-        progress = _restore(resumed, ds_engine, ranks, steps_per_epoch, config)
-        log = _open_log(config, ranks, directory, progress if resumed else None)
-        watch = FiniteWatch(ranks.device)
-        parts = (config, ranks, directory, loaded_data, loaded, peft_model, features, ds_engine, log)
+        progress, logged_step = _restore(resumed, ds_engine, ranks, steps_per_epoch, config)
+        directory, log = _open(config, ranks, loaded_data, output_dir, None if scratch else resumed, logged_step)
+        parts = (config, ranks, directory, loaded_data, loaded, peft_model, size, features, ds_engine, log)
+        run = Run(*parts, steps_per_epoch, progress, FiniteWatch(ranks.device), first_epoch=progress.epoch + 1)
         with log:
-            yield Run(*parts, steps_per_epoch, progress, watch, first_epoch=progress.epoch + 1)
+            yield run
     except torch.OutOfMemoryError as error:
-        size = _model_size(loaded.model, peft_model, loaded_data)
-        total = torch.cuda.get_device_properties(ranks.device).total_memory
-        raise UserError(explain_out_of_memory(error, config, size, ranks.world_size, total)) from error
+        advice = UserError(_out_of_memory(error, config, ranks, size, features))
+        _note_end(run, output_dir, advice)
+        raise advice from error
+    except BaseException as error:
+        _note_end(run, output_dir, error)
+        raise
     finally:
-        features.close()
+        if features is not None:
+            features.close()
+
+
+def on_main(ranks: engine.Ranks, function: Callable[[], Found]) -> Found:
+    """What the main rank finds, or the user's mistake it runs into, on every rank: no rank waits for one that failed.
+
+    Collective; for what touches files, so that one rank does.
+    """
+    found, failure = None, None
+    if ranks.is_main:
+        try:
+            found = function()
+        except UserError as error:
+            failure = error
+        except OSError as error:
+            if error.errno not in checkpoint.USER_ERRNOS:
+                raise
+            failure = UserError(f"{error.filename}: {error.strerror}; give a path you may use, or free some space")
+    found, failure = engine.gather_objects((found, failure))[0]
+    if failure is not None:
+        raise failure
+    return found
 
 
 def count_steps(samples: int, config: TrainConfig, world_size: int) -> int:
@@ -108,7 +135,7 @@ def announce(run: Run) -> None:
     summary = run.data.findings.summary
     log = run.log.line
     log(f"Run {run.directory}")
-    log(f"Model {config.model_path} | {config.precision} | {ranks.world_size} x {_device_name(ranks.device)}")
+    log(f"Model {config.model_path} | {config.precision} | {ranks.world_size} x {provenance.device_name(ranks.device)}")
     log(
         f"Data {config.data_root} | {len(run.data.train):,} training and {len(run.data.val):,} validation images | "
         f"vessels {summary.fraction_mean:.2%} of the pixels"
@@ -119,6 +146,18 @@ def announce(run: Run) -> None:
         log(line)
     steps = run.steps_per_epoch * config.num_epochs
     log(f"{config.num_epochs} epochs of {run.steps_per_epoch} steps, {steps:,} in all")
+
+
+def memory_line(run: Run) -> str:
+    """The estimate of a GPU's memory by purpose; call after a first batch."""
+    size = _with_tokens(run.size, run.features)
+    parts = {name: count / GIB for name, count in estimate(run.config, size, run.ranks.world_size).items() if count}
+    text = " + ".join(f"{name} {gib:.2f}" for name, gib in parts.items())
+    line = f"Memory estimate of a GPU: {text} = {sum(parts.values()):.2f} GiB"
+    if run.ranks.device.type != "cuda":
+        return line
+    total_gib = torch.cuda.get_device_properties(run.ranks.device).total_memory / GIB
+    return f"{'warning: ' if sum(parts.values()) > total_gib else ''}{line}, of {total_gib:.0f} GiB"
 
 
 def save(run: Run, name: str) -> None:
@@ -134,58 +173,76 @@ def save(run: Run, name: str) -> None:
     checkpoint.save(run.directory / name, run.ds_engine, run.ranks, write_model, run.progress)
 
 
-def write_report(run: Run) -> None:
-    """Writes comparison.png and report.html from what the run knows so far; main rank only."""
+def draw_comparison(run: Run) -> None:
+    """Writes comparison.png: images, truth, masks of the base and of the best adapter; main rank only."""
     if not run.ranks.is_main:
         return
-    picture = None
-    if len(run.pictures) == 2:
-        rows = []
-        for pair in run.data.val[:PICTURED]:
-            if pair.name in run.pictures["base"]:
-                sample = data.read(pair)
-                masks = (run.pictures[which][pair.name] for which in ("base", "tuned"))
-                rows.append(ComparisonRow(pair.name, sample.image_HW3, sample.mask_HW, *masks))
-        picture = run.directory / "comparison.png"
-        comparison_picture(picture, rows)
-    config = json.loads((run.directory / "config.json").read_text())
+    rows = []
+    for pair in run.data.val[:PICTURED]:
+        if pair.name in run.pictures["base"]:
+            sample = data.read(pair)
+            masks = (run.pictures[which][pair.name] for which in ("base", "tuned"))
+            rows.append(ComparisonRow(pair.name, sample.image_HW3, sample.mask_HW, *masks))
+    comparison_picture(run.directory / "comparison.png", rows)
+
+
+def write_report(run: Run) -> None:
+    """Writes report.html from what the run knows so far; main rank only."""
+    if not run.ranks.is_main:
+        return
+    picture = run.directory / "comparison.png"
+    config = json.loads((run.directory / "config.json").read_text(encoding="utf-8"))
     names = [pair.name for pair in run.data.val]
-    write_html(run.directory / "report.html", run.directory.name, config, run.log.rows, names, picture)
+    shown = picture if picture.exists() else None
+    write_html(run.directory / "report.html", run.directory.name, config, run.log.rows, names, shown)
 
 
-def _new_directory(config: TrainConfig) -> Path:
-    """output_dir/lora_sft_YYYYMMDD_HHMMSS, chosen by the main rank for all."""
-    name = engine.gather_objects(f"lora_sft_{datetime.now():%Y%m%d_%H%M%S}")[0]
-    directory, number = Path(config.output_dir) / name, 1
-    while directory.exists():  # two runs begun in the same second
-        number += 1
-        directory = Path(config.output_dir) / f"{name}_{number}"
-    directory = engine.gather_objects(directory)[0]
-    engine.barrier()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir {config.output_dir}: {error.strerror}; give a folder you may write to") from error
-    return directory
+def _find_resumed(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, of a run with these settings; None for a new run."""
+    if config.resume is None:
+        return None
+    resumed = checkpoint.find_resume(Path(config.output_dir), config.resume).resolve()
+    provenance.check_same_settings(resumed.parent / "config.json", config)
+    return resumed
 
 
-def _load_data(config: TrainConfig, ranks: engine.Ranks, directory: Path, resumed: Path | None) -> data.Loaded:
-    """The main rank checks every file and records the split; the others read what it recorded."""
-    split_file = directory / "split.json"
-    loaded, failure = None, None
-    if ranks.is_main:
-        try:
-            loaded = data.load(config, split_file=split_file if resumed else None)
-            if not resumed:
-                data.write_split(split_file, loaded.train, loaded.val)
-        except UserError as error:
-            failure = error
-    loaded, failure = engine.gather_objects((loaded, failure))[0]
-    if failure is not None:
-        if not resumed and ranks.is_main:
-            directory.rmdir()
-        raise failure
-    return loaded
+def _load_model(config: TrainConfig, ranks: engine.Ranks, loaded_data: data.Loaded):
+    """The base on this rank's device, the same wrapped with LoRA, and its size."""
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    loaded = published.load(config.model_path, dtype=dtype, device=ranks.device)
+    peft_model = lora.wrap(loaded.model, config)
+    torch.manual_seed(config.seed + ranks.rank)  # dropout differs between ranks; lora_A was drawn the same on all
+    if config.gradient_checkpointing:
+        loaded.model.enable_activation_checkpointing()
+    return loaded, peft_model, _model_size(loaded.model, peft_model, loaded_data)
+
+
+def _model_size(model, peft_model, loaded_data: data.Loaded) -> ModelSize:
+    """The figures of the memory estimate; call before ZeRO-3 takes the parameters apart."""
+    named = [(name, p.numel()) for name, p in peft_model.named_parameters() if p.requires_grad]
+    lora_parameters = sum(count for name, count in named if ".lora_" in name)
+    language = model.language_model.config
+    largest = max((width * height for width, height in loaded_data.findings.summary.sizes), default=512 * 512)
+    return ModelSize(
+        frozen_parameters=sum(p.numel() for p in peft_model.parameters() if not p.requires_grad),
+        lora_parameters=lora_parameters,
+        whole_parameters=sum(count for _, count in named) - lora_parameters,
+        layers=language.num_hidden_layers,
+        hidden=language.hidden_size,
+        intermediate=language.intermediate_size,
+        tokens=TYPICAL_TOKENS,
+        mask_pixels=largest,
+    )
+
+
+def _check_disk(config: TrainConfig, size: ModelSize, resumed: Path | None) -> None:
+    """Refuses an output_dir that cannot hold the checkpoints; makes nothing, so it looks at what exists of the path."""
+    done = checkpoint.read_progress(resumed).epoch if resumed else 0
+    of_epochs = -(-config.num_epochs // config.save_every) - done // config.save_every  # the last one rounds up
+    trainable, value_bytes = size.lora_parameters + size.whole_parameters, 2 if config.precision == "bf16" else 4
+    folder = Path(config.output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    checkpoint.check_disk(existing, checkpoint.checkpoint_bytes(trainable, value_bytes), 1 + of_epochs)  # 1: the best
 
 
 def _parameter_groups(peft_model, config: TrainConfig) -> list[dict]:
@@ -198,88 +255,100 @@ def _parameter_groups(peft_model, config: TrainConfig) -> list[dict]:
     ]
 
 
-def _check_disk(config: TrainConfig, directory: Path, peft_model) -> None:
-    trainable, _ = peft_model.get_nb_trainable_parameters()
-    value_bytes = 2 if config.precision == "bf16" else 4
-    kept = 2 + config.num_epochs // config.save_every  # the best, the last, and one more while writing
-    checkpoint.check_disk(directory, checkpoint.checkpoint_bytes(trainable, value_bytes), kept)
-
-
-def _restore(resumed: Path | None, ds_engine, ranks, steps_per_epoch: int, config: TrainConfig) -> checkpoint.Progress:
+def _restore(
+    resumed: Path | None, ds_engine, ranks: engine.Ranks, steps_per_epoch: int, config: TrainConfig
+) -> tuple[checkpoint.Progress, int | None]:
+    """Where training stands, counted in this run's steps, and the step up to which the run's log holds."""
     if resumed is None:
-        return checkpoint.Progress(epoch=0, num_epochs=config.num_epochs, step=0)
-    _compare_settings(resumed.parent / "config.json", config)
+        return checkpoint.Progress(epoch=0, num_epochs=config.num_epochs, step=0), None
     progress = checkpoint.load(resumed, ds_engine, ranks)
     step = progress.epoch * steps_per_epoch
     if step != progress.step:  # another number of ranks makes other steps of the same epochs
         engine.set_schedule_step(ds_engine, step)
-    return dataclasses.replace(progress, step=step)
+    return dataclasses.replace(progress, step=step), progress.step
 
 
-def _compare_settings(file: Path, config: TrainConfig) -> None:
-    if not file.is_file():
-        raise UserError(f"{file}: not found; resume needs the run's own directory around the checkpoint")
-    before = json.loads(file.read_text())
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
-    changed = [key for key in now if key not in FREE_ON_RESUME and key in before and before[key] != now[key]]
-    if changed:
-        listed = ", ".join(f"{key} {before[key]} (now {now[key]})" for key in changed)
-        raise UserError(f"{file}: the run was started with {listed}; resume with its settings, or start a new run")
+def _open(
+    config: TrainConfig,
+    ranks: engine.Ranks,
+    loaded_data: data.Loaded,
+    output_dir: Path,
+    resumed: Path | None,
+    logged_step: int | None,
+) -> tuple[Path, RunLog | NullLog]:
+    """The directory of the run, a new one with config.json and split.json in it, and its log. Collective."""
+    log = NullLog()
+
+    def create() -> Path:
+        nonlocal log
+        if resumed:
+            checkpoint.clean_leftovers(resumed.parent)
+            output_dir.mkdir(parents=True, exist_ok=True)  # it need not be the one around the run
+            log = RunLog(output_dir, resumed.parent, config, resume_step=logged_step)
+            return resumed.parent
+        directory = _new_directory(output_dir)
+        try:
+            data.write_split(directory / "split.json", loaded_data.train, loaded_data.val)
+            text = json.dumps(provenance.record(config, ranks), indent=2)
+            (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+            log = RunLog(output_dir, directory, config)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        return directory
+
+    return on_main(ranks, create), log
 
 
-def _open_log(config: TrainConfig, ranks, directory: Path, resumed: checkpoint.Progress | None) -> RunLog | NullLog:
-    if not ranks.is_main:
-        return NullLog()
-    if resumed is None:
-        (directory / "config.json").write_text(json.dumps(_record(config, ranks), indent=2) + "\n")
-    checkpoint.clean_leftovers(directory)
-    return RunLog(Path(config.output_dir), directory, config, resume_step=resumed and resumed.step)
+def _new_directory(output_dir: Path) -> Path:
+    """Makes output_dir/lora_sft_YYYYMMDD_HHMMSS, with a number behind it for runs begun in the same second."""
+    name, number = f"lora_sft_{datetime.now():%Y%m%d_%H%M%S}", 1
+    while True:
+        directory = output_dir.absolute() / (name if number == 1 else f"{name}_{number}")
+        try:
+            directory.mkdir(parents=True)
+            return directory
+        except FileExistsError:
+            number += 1
 
 
-def _record(config: TrainConfig, ranks: engine.Ranks) -> dict:
-    """config.json: the resolved settings first, then what else decides the result."""
-    return dataclasses.asdict(config) | {
-        "command": sys.argv,
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "ranks": ranks.world_size,
-        "device": _device_name(ranks.device),
-        "git_commit": _git_commit(),
-        "versions": {"sa2va-sft": __version__, "python": platform.python_version()}
-        | {package: version(package) for package in PACKAGES},
-    }
+def _note_end(run: Run | None, output_dir: Path, error: BaseException) -> None:
+    """Notes in training.log why a run ended, and removes the directory of a new one that took no step; main rank only.
+
+    The log is closed by now; the terminal has the error from whoever catches it.
+    """
+    if run is None or not run.ranks.is_main:
+        return
+    step = run.progress.step
+    match error:
+        case UserError():
+            text = f"error: {error}"
+        case KeyboardInterrupt() | SystemExit():
+            text = f"Interrupted after step {step}"
+        case _:
+            text = f"Failed after step {step}: {type(error).__name__}: {error}"
+    for folder in {run.directory, output_dir}:
+        with contextlib.suppress(OSError), (folder / "training.log").open("a", encoding="utf-8") as log:
+            log.write(" ".join(text.split()) + "\n")
+    if run.first_epoch == 1 and step == 0:
+        shutil.rmtree(run.directory, ignore_errors=True)
 
 
-def _git_commit() -> str | None:
-    """The checkout's commit, with "+changes" if files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(root), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+def _out_of_memory(
+    error: torch.OutOfMemoryError,
+    config: TrainConfig,
+    ranks: engine.Ranks,
+    size: ModelSize | None,
+    features: Features | None,
+) -> str:
+    if size is None or features is None:
+        return (
+            f"CUDA out of memory while the model was loaded ({str(error).split('. ')[0]}); another program may hold "
+            "memory: see nvidia-smi, or choose another device with --gpu"
+        )
+    total = torch.cuda.get_device_properties(ranks.device).total_memory
+    return explain_out_of_memory(error, config, _with_tokens(size, features), ranks.world_size, total)
 
 
-def _model_size(model, peft_model, loaded_data: data.Loaded) -> ModelSize:
-    """The figures of the memory estimate; a sample is one of 512 image tokens unless the data say more."""
-    named = [(name, p.numel()) for name, p in peft_model.named_parameters() if p.requires_grad]
-    lora_parameters = sum(count for name, count in named if ".lora_" in name)
-    language = model.language_model.config
-    largest = max((width * height for width, height in loaded_data.findings.summary.sizes), default=512 * 512)
-    return ModelSize(
-        frozen_parameters=sum(p.numel() for p in peft_model.parameters() if not p.requires_grad),
-        lora_parameters=lora_parameters,
-        whole_parameters=sum(count for _, count in named) - lora_parameters,
-        layers=language.num_hidden_layers,
-        hidden=language.hidden_size,
-        intermediate=language.intermediate_size,
-        tokens=512,
-        mask_pixels=largest,
-    )
+def _with_tokens(size: ModelSize, features: Features) -> ModelSize:
+    return dataclasses.replace(size, tokens=features.longest_prompt_tokens or size.tokens)

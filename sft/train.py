@@ -5,22 +5,28 @@ same path; only the log of the main rank writes.
 """
 
 import dataclasses
+import functools
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sft import checkpoint, engine, losses, metrics
+from sft import checkpoint, data, engine, losses, metrics
 from sft import run as runs
+from sft.checkpoint import Progress
 from sft.config import TrainConfig
 from sft.features import VIEWS, Batch, Item
 from sft.finite import DivergedError
 from sft.model import lora
 from sft.model.sa2va import Masks, upsample
+from sft.ranks import local_ranks
 from sft.run import Run
 from sft.stopwatch import Stopwatch
 
@@ -60,7 +66,8 @@ def train(config: TrainConfig, on_validation: Callable[[dict], None] | None = No
             validate_and_keep(run, on_validation)
         else:
             run.log.line(f"Resumed after epoch {run.progress.epoch} (step {run.progress.step})")
-        run.log.line(run.features.check_memory(len(run.data.train) + len(run.data.val)))
+            run.pictures["base"] = base_masks(run)
+        run.log.line(_check_feature_memory(run))
         run.log.start(run.steps_per_epoch * config.num_epochs, run.progress.step)
         for epoch in range(run.progress.epoch + 1, config.num_epochs + 1):
             train_epoch(run, epoch)
@@ -77,7 +84,8 @@ def train_epoch(run: Run, epoch: int) -> None:
     config = run.config
     run.ds_engine.train()
     watch = Stopwatch(run.ranks.device)
-    check = lora.GradientCheck(run.peft_model) if run.progress.step == 0 else None
+    whole = functools.partial(engine.full_parameters, run.ds_engine)
+    check = lora.GradientCheck(run.peft_model, whole) if run.progress.step == 0 else None
     sums: dict[str, Tensor] = {}
     plan = epoch_plan(run, epoch)
     for number, batch in enumerate(watch.timed("data", run.features.batches(plan)), start=1):
@@ -148,7 +156,7 @@ def epoch_plan(run: Run, epoch: int) -> list[list[Item]]:
 
 
 def validate_and_keep(run: Run, on_validation: Callable[[dict], None] | None) -> dict:
-    """Validates, logs, keeps the checkpoint if it is the best so far; the base (epoch 0) is only recorded."""
+    """Validates, logs, keeps the checkpoint if it is the best so far; of the base (epoch 0) only the figures."""
     row = {"epoch": run.progress.epoch, "step": run.progress.step} | validate(run)
     run.log.val(row)
     figures = run.progress.figures
@@ -157,6 +165,7 @@ def validate_and_keep(run: Run, on_validation: Callable[[dict], None] | None) ->
             f"base_{name}": row[name] for name in ("dice", "dice_best", "threshold_best", "seg_rate") if name in row
         }
         run.progress = dataclasses.replace(run.progress, figures=base)
+        run.pictures["base"] = run.pictures["latest"]
     else:
         if row.get("seg_rate", 1.0) < figures.get("base_seg_rate", 0.0):
             run.log.line(
@@ -167,8 +176,10 @@ def validate_and_keep(run: Run, on_validation: Callable[[dict], None] | None) ->
             run.progress = dataclasses.replace(
                 run.progress, best_dice=row["dice"], best_epoch=run.progress.epoch, figures=figures | _scores(row)
             )
-            run.pictures["tuned"] = run.pictures.pop("latest")
+            run.pictures["tuned"] = run.pictures["latest"]
             runs.save(run, "checkpoint_best")
+            runs.draw_comparison(run)
+        runs.write_report(run)
     if on_validation is not None:
         on_validation(row)
     return row
@@ -201,13 +212,29 @@ def validate(run: Run) -> dict:
             table[places] = metrics.counts(logits_BHW, truth_BHW, config.threshold)
             seen[places] += 1
             if start == 0:
-                found = logits_BHW.sigmoid() > config.threshold
-                pictured |= {val[row].name: mask.cpu().numpy() for row, mask in zip(rows, found, strict=True)}
-    run.pictures["base" if run.progress.epoch == 0 else "latest"] = pictured
+                pictured |= _predicted(logits_BHW, batch, rows, config)
+    run.pictures["latest"] = pictured
     engine.all_reduce_sum(table)
     assert bool((engine.all_reduce_sum(seen) == 1).all()), "a validation image was counted twice or not at all"
     row = metrics.summarize(table.cpu(), config.threshold)
-    return row | ({"seg_rate": seg_rate(run)} if config.seg_rate_samples else {})
+    row |= {"seg_rate": seg_rate(run)} if config.seg_rate_samples else {}
+    engine.settle(run.ds_engine)
+    return row
+
+
+@torch.no_grad()
+def base_masks(run: Run) -> dict[str, np.ndarray]:
+    """The base's masks of the first validation batch, which a resumed run needs for its picture. Collective."""
+    run.ds_engine.eval()
+    items = [Item(pair) for pair in run.data.val[: run.config.val_batch_size]]
+    found: dict[str, np.ndarray] = {}
+    with run.peft_model.disable_adapter():
+        for batch in run.features.batches([items]):
+            output = run.ds_engine(batch.prompt, batch.vision_tokens_TNC, batch.sam2)
+            for size, rows in _rows_by_size(batch).items():
+                found |= _predicted(upsample(output.masks.logits_Bhw[rows], size), batch, rows, run.config)
+    engine.settle(run.ds_engine)
+    return found
 
 
 @torch.no_grad()
@@ -232,23 +259,29 @@ def seg_rate(run: Run) -> float:
 
 def dry_run(config: TrainConfig) -> Result:
     """One step, one validation batch, a checkpoint written and read back, all in a folder that is removed again."""
-    with tempfile.TemporaryDirectory(prefix="sft_dry_run_") as folder:
-        small = dataclasses.replace(config, dry_run=False, output_dir=folder, num_epochs=1, tensorboard=False)
-        with runs.prepared(small) as run:
+    ranks = engine.start(config)
+    folder = runs.on_main(ranks, lambda: Path(tempfile.mkdtemp(prefix="sft_dry_run_")))
+    try:
+        with runs.prepared(config, scratch=folder) as run:
             runs.announce(run)
-            per_step = small.batch_size * run.ranks.world_size * small.gradient_accumulation_steps
-            run.data = dataclasses.replace(
-                run.data, train=run.data.train[:per_step], val=run.data.val[: small.val_batch_size]
-            )
+            run.progress = Progress(epoch=0, num_epochs=config.num_epochs, step=0)  # also after a resume
+            run.first_epoch = 1
+            whole, per_step = run.data, config.batch_size * config.gradient_accumulation_steps * ranks.world_size
+            run.data = dataclasses.replace(whole, train=whole.train[:per_step], val=whole.val[: config.val_batch_size])
             run.steps_per_epoch = 1
             row = validate_and_keep(run, None)
-            run.log.line(run.features.check_memory(len(run.data.train) + len(run.data.val)))
+            run.log.line(_check_feature_memory(run, whole))
+            run.log.line(runs.memory_line(run))
             run.log.start(1)
             train_epoch(run, 1)
             validate_and_keep(run, None)
-            checkpoint.load(run.directory / "checkpoint_best", run.ds_engine, run.ranks)
+            checkpoint.load(run.directory / "checkpoint_best", run.ds_engine, ranks)
+            engine.barrier()  # nobody reads the folder any more
             run.log.line("Dry run: data, model, one step, one validation batch and one checkpoint are in order")
             return Result(run.directory, run.progress.best_dice, 1, row["dice"], row["dice_best"])
+    finally:
+        if ranks.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rows_by_size(batch: Batch) -> dict[tuple[int, int], list[int]]:
@@ -257,6 +290,18 @@ def _rows_by_size(batch: Batch) -> dict[tuple[int, int], list[int]]:
     for row, mask in enumerate(batch.masks):
         rows.setdefault(tuple(mask.shape), []).append(row)
     return rows
+
+
+def _predicted(logits_BHW: Tensor, batch: Batch, rows: list[int], config: TrainConfig) -> dict[str, np.ndarray]:
+    """Name -> mask at the threshold, of these rows of a batch."""
+    masks_BHW = (logits_BHW.sigmoid() > config.threshold).cpu().numpy()
+    return {batch.items[row].pair.name: mask for row, mask in zip(rows, masks_BHW, strict=True)}
+
+
+def _check_feature_memory(run: Run, whole: data.Loaded | None = None) -> str:
+    """Says what the frozen features of the data set will take, or refuses it on every rank."""
+    train, val = (len(part) for part in ((whole or run.data).train, (whole or run.data).val))
+    return runs.on_main(run.ranks, lambda: run.features.check_memory(train, val, local_ranks(os.environ)))
 
 
 def _assert_learning(run: Run, check: lora.GradientCheck) -> None:
@@ -287,8 +332,7 @@ def _scores(row: dict) -> dict[str, float]:
 
 
 def _finish(run: Run) -> Result:
-    """Report, picture, and the closing lines."""
-    runs.write_report(run)
+    """The closing lines."""
     figures, progress = run.progress.figures, run.progress
     base, base_best = figures["base_dice"], figures["base_dice_best"]
     log = run.log.line
@@ -299,6 +343,7 @@ def _finish(run: Run) -> Result:
         f"gain {progress.best_dice - base_best:+.4f}"
     )
     log(f"  tuned at its best threshold {figures['threshold_best']:.2g}: {figures['dice_best']:.4f}")
-    for name in ("checkpoint_best", "comparison.png", "report.html"):
-        log(f"  {run.directory / name}")
+    for path in (run.directory / name for name in ("checkpoint_best", "comparison.png", "report.html")):
+        if path.exists():
+            log(f"  {path}")
     return Result(run.directory, progress.best_dice, progress.best_epoch, base, base_best)

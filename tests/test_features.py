@@ -1,0 +1,305 @@
+"""Features: each image is encoded once and comes out as the encoders give it, in every view and whatever is kept."""
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+import small_runs
+import torch
+from small_runs import NAMES, SIZES_HW
+
+from sft import features as room
+from sft.config import TrainConfig, UserError
+from sft.data import Pair, read
+from sft.features import VIEWS, Features, Item, turned
+from sft.model import lora, published
+from sft.model.sa2va import Sa2VA
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return small_runs.write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def pairs(inputs):
+    data = inputs / "data"
+    return [Pair(name, data / "images" / f"{name}.png", data / "masks" / f"{name}.png") for name in NAMES]
+
+
+@pytest.fixture
+def made(inputs, monkeypatch):
+    """A function that makes Features, and which calls its encoders have had, by name."""
+    calls, opened = {"vision_tokens": 0, "sam2_features": 0}, []
+
+    def counted(name, method):
+        def call(self, *arguments, **keywords):
+            calls[name] += 1
+            return method(self, *arguments, **keywords)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(Sa2VA, name, counted(name, getattr(Sa2VA, name)))
+
+    def make(**changes):
+        config = TrainConfig(precision="fp32", num_workers=0, lora_rank=2, **changes)
+        loaded = published.load(str(inputs / "model"), dtype=torch.float32)
+        peft_model = lora.wrap(loaded.model, config)
+        opened.append(Features(loaded.model, loaded.preprocess, config, torch.device("cpu")))
+        opened[-1].calls, opened[-1].loaded, opened[-1].peft_model = calls, loaded, peft_model
+        return opened[-1]
+
+    yield make
+    for features in opened:
+        features.close()
+
+
+def plan(pairs, size, view=0):
+    return [[Item(pair, view) for pair in pairs[start : start + size]] for start in range(0, len(pairs), size)]
+
+
+def only(features, items):
+    (batch,) = features.batches([items])
+    return batch
+
+
+# Once
+
+
+def test_each_image_is_encoded_once_in_a_run(made, pairs):
+    features = made()
+    for _ in range(3):
+        assert len(list(features.batches(plan(pairs, 2)))) == 3
+    assert features.calls == {"vision_tokens": 6, "sam2_features": 6}
+
+
+def test_an_image_that_comes_again_before_it_is_encoded_is_read_and_encoded_once(made, pairs, monkeypatch):
+    """The last batch of an epoch is filled up with the first images, and two batches are read ahead."""
+    reads = []
+    monkeypatch.setattr(room, "read", lambda pair: reads.append(pair.name) or read(pair))
+    features = made()
+    items = [Item(pair) for pair in pairs[:3]]
+    batches = list(features.batches([items[:2], [items[2], items[0]], [items[0], items[0]]]))
+    assert [[item.pair.name for item in batch.items] for batch in batches] == [["v0", "v1"], ["v2", "v0"], ["v0", "v0"]]
+    assert features.calls["sam2_features"] == 3
+    assert sorted(reads) == ["v0", "v1", "v2"]
+
+
+def test_off_keeps_nothing_and_gives_the_same(made, pairs):
+    kept, off = made(), made(feature_cache="off")
+    first = [only(kept, [Item(pair) for pair in pairs]) for _ in range(2)]
+    calls = dict(off.calls)
+    second = [only(off, [Item(pair) for pair in pairs]) for _ in range(2)]
+    assert off.calls["sam2_features"] - calls["sam2_features"] == 2 * len(pairs)
+    for batch in (*first, *second):
+        assert torch.equal(batch.vision_tokens_TNC, first[0].vision_tokens_TNC)
+        assert torch.equal(batch.sam2.embedding_BDHW, first[0].sam2.embedding_BDHW)
+        assert all(map(torch.equal, batch.masks, first[0].masks))
+    assert off.check_memory(10**9, 10**9, 8) == "Frozen features: computed anew in every step (--feature_cache off)"
+
+
+def test_no_more_than_the_next_batches_are_read_ahead(made, pairs, monkeypatch):
+    reads = []
+    monkeypatch.setattr(room, "read", lambda pair: reads.append(pair.name) or read(pair))
+    features = made()
+    batches = features.batches(plan(pairs, 1))
+    next(batches)
+    features.close()  # waits for what has begun
+    assert set(reads) <= set(NAMES[: 1 + room.READ_AHEAD_BATCHES])
+
+
+# What comes out
+
+
+def test_a_batch_is_what_the_encoders_give(made, pairs):
+    features = made()
+    batch = only(features, [Item(pair) for pair in pairs[:2]])
+    model, preprocess = features.loaded.model, features.loaded.preprocess
+    images = [read(pair).image_HW3 for pair in pairs[:2]]
+    tiles = [preprocess.tiles(image) for image in images]
+    with torch.no_grad():
+        tokens = model.vision_tokens(torch.cat(tiles))
+        sam2 = model.sam2_features(torch.stack([preprocess.sam2_image(image) for image in images]))
+    assert [len(one) for one in tiles] == [13, 13] and tokens.shape == batch.vision_tokens_TNC.shape
+    torch.testing.assert_close(batch.vision_tokens_TNC, tokens)
+    for name in ("level0_BCHW", "level1_BCHW", "embedding_BDHW"):
+        torch.testing.assert_close(getattr(batch.sam2, name), getattr(sam2, name))
+    assert batch.sam2.projected and batch.prompt.labels_BL is None
+    assert not any(part.requires_grad for part in (batch.vision_tokens_TNC, batch.sam2.embedding_BDHW))
+
+
+def test_masks_of_one_batch_keep_their_own_sizes(made, pairs):
+    batch = only(made(), [Item(pair) for pair in pairs])
+    assert [tuple(mask.shape) for mask in batch.masks] == list(SIZES_HW)
+    for mask, pair in zip(batch.masks, pairs, strict=True):
+        assert mask.dtype == torch.bool and np.array_equal(mask.numpy(), read(pair).mask_HW)
+
+
+def test_prompts_ask_for_the_data_sets_own_phrase_or_the_configured_question(made, pairs):
+    features = made(question="Where is it?", text_weight=0.1)
+    named = dataclasses.replace(pairs[0], name="named", phrase="thin dark vessels")
+    prompt = only(features, [Item(pairs[0]), Item(named)]).prompt
+    preprocess = features.loaded.preprocess
+    for row, question in enumerate(("Where is it?", "Please segment thin dark vessels in this image.")):
+        ids = preprocess.question_ids(question, 13)
+        assert prompt.input_ids_BL[row, : len(ids)].tolist() == ids
+        assert prompt.input_ids_BL[row, prompt.seg_position_B[row]] == preprocess.seg_token_id
+    assert prompt.labels_BL is not None
+    assert features.longest_prompt_tokens == prompt.input_ids_BL.shape[1]
+
+
+def test_a_trained_mask_decoder_gets_the_maps_before_its_own_convolutions(made, pairs):
+    features = made(train_modules=("mask_decoder",))
+    sam2 = only(features, [Item(pairs[0])]).sam2
+    assert not sam2.projected
+    assert sam2.level0_BCHW.shape[1] == sam2.level1_BCHW.shape[1] == sam2.embedding_BDHW.shape[1] == 32
+
+
+def test_a_trained_encoder_gets_images_and_its_lora_gets_gradients(made, pairs):
+    features = made(lora_scope=("sam2_encoder",))
+    batch = only(features, [Item(pair) for pair in pairs[:2]])
+    assert isinstance(batch.sam2, torch.Tensor) and batch.sam2.shape == (2, 3, 128, 128)
+    assert features.calls == {"vision_tokens": 2, "sam2_features": 0}, "vision tokens are still kept"
+    output = features.peft_model(batch.prompt, batch.vision_tokens_TNC, batch.sam2)
+    output.masks.logits_Bhw.square().mean().backward()
+    assert features.calls["sam2_features"] == 1
+    trained = {name: p for name, p in features.peft_model.named_parameters() if p.requires_grad}
+    assert all("vision_encoder" in name for name in trained)
+    assert all(p.grad.abs().max() > 0 for name, p in trained.items() if "lora_B" in name)
+
+
+def test_an_unreadable_file_is_named_in_its_turn(made, pairs, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    bad = Pair("bad", tmp_path / "bad.png", pairs[0].mask)
+    batches = made().batches([[Item(pairs[0])], [Item(bad)]])
+    assert next(batches).items == (Item(pairs[0]),)
+    with pytest.raises(UserError, match=r"bad\.png"):
+        next(batches)
+
+
+# Views
+
+
+def test_the_eight_views_are_all_flips_and_quarter_turns():
+    pixels = np.arange(6).reshape(2, 3)
+    views = [turned(pixels, view) for view in range(VIEWS)]
+    assert np.array_equal(views[0], pixels)
+    assert np.array_equal(views[1], [[2, 5], [1, 4], [0, 3]])  # a quarter turn against the clock
+    assert np.array_equal(views[4], [[2, 1, 0], [5, 4, 3]])  # the mirror image
+    assert len({(view.shape, view.tobytes()) for view in views}) == 8
+    assert all(view.flags.c_contiguous for view in views)
+
+
+@pytest.mark.parametrize("view", range(VIEWS))
+def test_image_and_mask_turn_together(made, tmp_path, view):
+    """A picture that is white where its mask is: whatever the view, they stay on each other."""
+    from PIL import Image
+
+    mask = np.zeros((56, 56), dtype=np.uint8)
+    mask[4:20, 8:50] = 255
+    mask[20:30, 8:14] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    Image.fromarray(np.repeat(mask[..., None], 3, axis=2)).save(tmp_path / "image.png")
+    features = made(augment=True, lora_scope=("sam2_encoder",))
+    batch = only(features, [Item(Pair("p", tmp_path / "image.png", tmp_path / "mask.png"), view)])
+    shown = torch.nn.functional.interpolate(batch.sam2[:, :1], size=(56, 56), mode="area")[0, 0] > 0
+    assert torch.equal(shown, batch.masks[0])
+    assert np.array_equal(batch.masks[0].numpy(), turned(mask > 0, view))
+
+
+def test_views_are_kept_apart(made, pairs):
+    features = made(augment=True)
+    views = [only(features, [Item(pairs[0], view)]) for view in (0, 1, 0, 1, 5)]
+    assert features.calls["sam2_features"] == 3
+    assert torch.equal(views[1].vision_tokens_TNC, views[3].vision_tokens_TNC)
+    assert not torch.equal(views[0].vision_tokens_TNC, views[1].vision_tokens_TNC)
+    assert views[1].masks[0].shape == views[0].masks[0].T.shape
+
+
+# Memory
+
+
+def test_memory_is_estimated_from_what_an_image_takes(made, pairs, monkeypatch):
+    features = made()
+    batch = only(features, [Item(pairs[0])])
+    parts = [batch.vision_tokens_TNC, batch.sam2.level0_BCHW, batch.sam2.level1_BCHW, batch.sam2.embedding_BDHW]
+    one = sum(part.nbytes for part in parts) + 96 * 128
+    need = one * (1000 * 2 + 200)
+    monkeypatch.setattr(room, "_free_memory_bytes", lambda: int(need / 0.79))
+    expected = f"Frozen features: computed once and kept in memory, {need / 2**30:.1f} GiB for 1,200 images on 2 ranks"
+    assert features.check_memory(1000, 200, ranks=2) == expected
+    monkeypatch.setattr(room, "_free_memory_bytes", lambda: int(need / 0.81))
+    with pytest.raises(
+        UserError, match=r"takes .* GiB for 1,200 images on 2 ranks, .* is free; use --feature_cache off$"
+    ):
+        features.check_memory(1000, 200, ranks=2)
+
+
+def test_refusal_names_the_views_that_augment_costs(made, pairs, monkeypatch):
+    features = made(augment=True)
+    only(features, [Item(pairs[0])])
+    monkeypatch.setattr(room, "_free_memory_bytes", lambda: 2**20)
+    with pytest.raises(UserError, match="for 6 images in 8 views, 0.0 GiB of memory is free.*, or --augment false$"):
+        features.check_memory(4, 2, ranks=1)
+
+
+def test_free_memory_is_the_machines_or_that_of_the_smallest_group(tmp_path):
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 1 kB\nMemAvailable:  8000 kB\n")
+    assert room._free_memory_bytes(proc, groups) == 8000 * 1024, "no groups at all"
+    job = groups / "slurm" / "job_7"
+    job.mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text("9:memory:/old\n0::/slurm/job_7\n")
+    (job / "memory.max").write_text("max\n")
+    assert room._free_memory_bytes(proc, groups) == 8000 * 1024
+    limits = {"memory.max": "6000000\n", "memory.current": "5000000\n", "memory.stat": "anon 1\ninactive_file 700000\n"}
+    for name, text in limits.items():
+        (groups / "slurm" / name).write_text(text)
+    assert room._free_memory_bytes(proc, groups) == 1_700_000
+    (job / "memory.max").write_text("900000\n")
+    (job / "memory.current").write_text("400000\n")
+    (job / "memory.stat").write_text("anon 1\n")
+    assert room._free_memory_bytes(proc, groups) == 500_000
+
+
+def test_closing_ends_the_readers(made, pairs):
+    before = threading.active_count()
+    features = made()
+    only(features, [Item(pairs[0])])
+    assert threading.active_count() > before
+    features.close()
+    assert threading.active_count() == before
+
+
+# Encoders beside the model
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, ("mask_decoder.transformer", "prompt_encoder", "language_model", "text_hidden_fcs")),
+        ({"train_modules": ("mask_decoder",)}, ("conv_s0", "conv_s1", "language_model")),
+        ({"lora_scope": ("sam2_encoder",)}, ("vision_encoder", "no_memory_embedding", "conv_s0", "conv_s1")),
+    ],
+)
+def test_encoders_set_aside_answer_as_before_and_are_no_parameters(made, pairs, changes, kept):
+    features = made(**changes)
+    before = only(features, [Item(pairs[0])])
+    model = features.loaded.model
+    count = len(list(model.parameters()))
+    features.set_encoders_aside()
+    names = [name for name, _ in features.peft_model.named_parameters()]
+    assert len(list(model.parameters())) < count
+    assert not any("vision_model" in name or "mlp1" in name for name in names)
+    for part in kept:
+        assert any(part in name for name in names), part
+    after = only(features, [Item(pairs[0], 1)])
+    again = only(features, [Item(dataclasses.replace(pairs[0], name="again"))])
+    assert torch.equal(again.vision_tokens_TNC, before.vision_tokens_TNC)
+    assert not torch.equal(after.vision_tokens_TNC, before.vision_tokens_TNC)
+    with torch.no_grad():
+        outputs = [features.peft_model(b.prompt, b.vision_tokens_TNC, b.sam2) for b in (before, again)]
+    assert torch.equal(outputs[0].masks.logits_Bhw, outputs[1].masks.logits_Bhw)

@@ -29,11 +29,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model_path", help="the base; default: the one the run's adapter_config.json names")
     parser.add_argument("--adapter_only", action="store_true", help="copy the adapter and tokenizer, merge nothing")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of all weights; default: each one's own")
+    parser.add_argument(
+        "--validate", action="store_true", help="compute the validation Dice of what was written, as the run did"
+    )
     return parser.parse_args(argv)
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Write, and say what was written."""
+    """Write, say what was written, and validate it on request."""
     import torch
 
     from sft.model import export as exporting
@@ -50,6 +53,11 @@ def export(arguments: argparse.Namespace) -> int:
     written = exporting.export(base, arguments.checkpoint, arguments.output, dtype)
     print(f"{written.tensors:,} tensors, {', '.join(written.dtypes)}, {written.bytes:,} bytes in {arguments.output}")
     print(f"  {written.merged:,} with LoRA merged, {written.replaced:,} replaced by trained ones, read back in order")
+    if arguments.validate:
+        from sft.train import validate_directory
+
+        before, after = validate_directory(arguments.checkpoint, arguments.output)
+        print(f"validation Dice {before:.4f} in the run, {after:.4f} of the merged model ({after - before:+.4f})")
     return 0
 
 

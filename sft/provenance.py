@@ -12,6 +12,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,17 +44,36 @@ def check_same_settings(file: Path, config: TrainConfig) -> None:
     Raises:
         UserError: no such file, or a setting that decides the result differs; names each.
     """
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: not found; resume needs the run's own directory around the checkpoint") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); resume needs the settings it held") from error
+    before = _read(file)
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     changed = [key for key in now if key not in FREE_ON_RESUME and key in before and before[key] != now[key]]
     if changed:
         listed = ", ".join(f"{key} {before[key]} (now {now[key]})" for key in changed)
         raise UserError(f"{file}: the run was started with {listed}; resume with its settings, or start a new run")
+
+
+def settings_of_run(directory: Path) -> TrainConfig:
+    """The settings in a run's config.json."""
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    return TrainConfig(**{name: value for name, value in _read(directory / "config.json").items() if name in names})
+
+
+def validated_dice(directory: Path, epoch: int) -> float:
+    """The Dice that a run's log holds for an epoch; UserError if it was not validated then."""
+    rows = _read(directory / "training_log.json")
+    found = [row["dice"] for row in rows if row["kind"] == "val" and row["epoch"] == epoch]
+    if not found:
+        raise UserError(f"{directory}: epoch {epoch} was not validated; take another checkpoint, e.g. checkpoint_best")
+    return found[0]
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: not found; a checkpoint is used inside its run's own directory") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); a run's files must be as it wrote them") from error
 
 
 def git_commit() -> str | None:

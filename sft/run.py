@@ -90,13 +90,16 @@ def prepared(config: TrainConfig, scratch: Path | None = None) -> Iterator[Run]:
         run = Run(*parts, steps_per_epoch, progress, FiniteWatch(ranks.device), first_epoch=progress.epoch + 1)
         with log:
             yield run
-    except torch.OutOfMemoryError as error:
-        advice = UserError(_out_of_memory(error, config, ranks, size, features))
-        _note_end(run, output_dir, advice)
-        raise advice from error
     except BaseException as error:
-        _note_end(run, output_dir, error)
-        raise
+        told = error
+        if isinstance(error, torch.OutOfMemoryError):
+            told = UserError(_out_of_memory(error, config, ranks, size, features))
+        elif isinstance(error, OSError) and error.errno in checkpoint.USER_ERRNOS:
+            told = UserError(f"{error.filename or output_dir}: {error.strerror}; free some space, then resume")
+        _note_end(run, output_dir, told)
+        if told is error:
+            raise
+        raise told from error
     finally:
         if features is not None:
             features.close()
@@ -201,7 +204,8 @@ def _find_resumed(config: TrainConfig) -> Path | None:
     """The checkpoint to go on from, of a run with these settings; None for a new run."""
     if config.resume is None:
         return None
-    resumed = checkpoint.find_resume(Path(config.output_dir), config.resume).resolve()
+    resumed = checkpoint.find_resume(Path(config.output_dir), config.resume)
+    resumed = resumed.resolve() if resumed.name in ("", "..") else resumed  # its parent is the run
     provenance.check_same_settings(resumed.parent / "config.json", config)
     return resumed
 
@@ -304,7 +308,7 @@ def _new_directory(output_dir: Path) -> Path:
     """Makes output_dir/lora_sft_YYYYMMDD_HHMMSS, with a number behind it for runs begun in the same second."""
     name, number = f"lora_sft_{datetime.now():%Y%m%d_%H%M%S}", 1
     while True:
-        directory = output_dir.absolute() / (name if number == 1 else f"{name}_{number}")
+        directory = output_dir / (name if number == 1 else f"{name}_{number}")
         try:
             directory.mkdir(parents=True)
             return directory

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sft import checkpoint, data, engine, losses, metrics
+from sft import checkpoint, data, engine, losses, metrics, provenance
 from sft import run as runs
 from sft.checkpoint import Progress
 from sft.config import TrainConfig
-from sft.features import VIEWS, Batch, Item
+from sft.features import VIEWS, Batch, Features, Item
 from sft.finite import DivergedError
-from sft.model import lora
+from sft.model import lora, published
 from sft.model.sa2va import Masks, upsample
 from sft.ranks import local_ranks
 from sft.run import Run
@@ -129,9 +129,8 @@ def train_step(run: Run, batch: Batch, watch: Stopwatch) -> dict[str, Tensor]:
 def loss_terms(masks: Masks, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
     """ComboLoss at each mask's native size: images of one size together, then the mean over images."""
     sums: dict[str, Tensor] = {}
-    for size, rows in _rows_by_size(batch).items():
-        logits_BHW = upsample(masks.logits_Bhw[rows], size)
-        terms = losses.combo(logits_BHW, torch.stack([batch.masks[row] for row in rows]), config)
+    for rows, logits_BHW, truth_BHW in _by_size(masks, batch):
+        terms = losses.combo(logits_BHW, truth_BHW, config)
         share = len(rows) / len(batch.masks)
         sums = {name: sums.get(name, 0) + share * value for name, value in terms.items()}
     return sums
@@ -205,9 +204,7 @@ def validate(run: Run) -> dict:
         output = run.ds_engine(batch.prompt, batch.vision_tokens_TNC, batch.sam2)
         if position * ranks.world_size + ranks.rank >= len(starts):
             continue
-        for size, rows in _rows_by_size(batch).items():
-            logits_BHW = upsample(output.masks.logits_Bhw[rows], size)
-            truth_BHW = torch.stack([batch.masks[row] for row in rows])
+        for rows, logits_BHW, truth_BHW in _by_size(output.masks, batch):
             places = torch.tensor(rows, device=ranks.device) + start
             table[places] = metrics.counts(logits_BHW, truth_BHW, config.threshold)
             seen[places] += 1
@@ -231,8 +228,8 @@ def base_masks(run: Run) -> dict[str, np.ndarray]:
     with run.peft_model.disable_adapter():
         for batch in run.features.batches([items]):
             output = run.ds_engine(batch.prompt, batch.vision_tokens_TNC, batch.sam2)
-            for size, rows in _rows_by_size(batch).items():
-                found |= _predicted(upsample(output.masks.logits_Bhw[rows], size), batch, rows, run.config)
+            for rows, logits_BHW, _ in _by_size(output.masks, batch):
+                found |= _predicted(logits_BHW, batch, rows, run.config)
     engine.settle(run.ds_engine)
     return found
 
@@ -255,6 +252,38 @@ def seg_rate(run: Run) -> float:
         )
         arrived += int((answer == preprocess.seg_token_id).any())
     return arrived / count
+
+
+@torch.no_grad()
+def validate_directory(checkpoint_directory: Path, model_directory: Path) -> tuple[float, float]:
+    """Validation Dice of a run's checkpoint as the run found it, and of another model on the same images.
+
+    Args:
+        checkpoint_directory: RUN/checkpoint_best or another of a run; its settings and split are used.
+        model_directory: in the published format, for instance the checkpoint merged into its base.
+
+    Raises:
+        UserError: no run around the checkpoint, no validation of it in the run's log, or a wrong model.
+    """
+    checkpoint.check_complete(checkpoint_directory)
+    run_directory = Path(checkpoint_directory).resolve().parent
+    before = provenance.validated_dice(run_directory, checkpoint.read_progress(checkpoint_directory).epoch)
+    config = dataclasses.replace(provenance.settings_of_run(run_directory), model_path=str(model_directory))
+    val = data.load(config, split_file=run_directory / "split.json").val
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    loaded = published.load(config.model_path, dtype=dtype, device=device)
+    frozen = dataclasses.replace(config, lora_scope=("language_model",), train_modules=(), feature_cache="off")
+    features = Features(loaded.model, loaded.preprocess, frozen, device)
+    starts = range(0, len(val), config.val_batch_size)
+    plan = [[Item(pair) for pair in val[start : start + config.val_batch_size]] for start in starts]
+    counted = []
+    for batch in features.batches(plan):
+        output = loaded.model(batch.prompt, batch.vision_tokens_TNC, batch.sam2)
+        for _, logits_BHW, truth_BHW in _by_size(output.masks, batch):
+            counted.append(metrics.counts(logits_BHW, truth_BHW, config.threshold).cpu())
+    features.close()
+    return before, metrics.summarize(torch.cat(counted), config.threshold)["dice"]
 
 
 def dry_run(config: TrainConfig) -> Result:
@@ -284,12 +313,13 @@ def dry_run(config: TrainConfig) -> Result:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _rows_by_size(batch: Batch) -> dict[tuple[int, int], list[int]]:
-    """(H, W) of the mask -> rows of the batch."""
-    rows: dict[tuple[int, int], list[int]] = {}
+def _by_size(masks: Masks, batch: Batch) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Yields the rows of the batch whose masks have one size, with their logits and masks (b, H, W) at that size."""
+    rows_of: dict[tuple[int, int], list[int]] = {}
     for row, mask in enumerate(batch.masks):
-        rows.setdefault(tuple(mask.shape), []).append(row)
-    return rows
+        rows_of.setdefault(tuple(mask.shape), []).append(row)
+    for size, rows in rows_of.items():
+        yield rows, upsample(masks.logits_Bhw[rows], size), torch.stack([batch.masks[row] for row in rows])
 
 
 def _predicted(logits_BHW: Tensor, batch: Batch, rows: list[int], config: TrainConfig) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 # test generates another finds.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order on every machine; workers do not fight for cores
+# A shell ignores Ctrl-C in what it runs in the background, and children inherit that: tests send Ctrl-C to children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if not IS_WORKER:
     os.environ["SA2VA_SFT_CACHE"] = tempfile.mkdtemp(prefix="sa2va-sft-tests-")

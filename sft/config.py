@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from sft.settings import PATH, Range, UserError, add_flags, checked, docs_of, nearest, settings_of
 
+DEEPSPEED_CONFIGS = Path(__file__).resolve().parent.parent / "deepspeed_configs"
 EMBEDDED = "embedded"  # the model and the data that come with the package
 PathText = Annotated[str, PATH]
 Weight = Annotated[float, Range(at_least=0)]
@@ -249,17 +250,16 @@ def check_paths(config: TrainConfig) -> None:
 
 
 def deepspeed_config_path(name: str) -> Path:
-    """The JSON file that `deepspeed_config` names: a shipped name such as zero2, or a path.
+    """The JSON file that `deepspeed_config` names: a path, or a shipped name such as zero2.
 
     Raises:
         UserError: neither; lists the shipped names.
     """
-    shipped = Path(__file__).resolve().parent.parent / "deepspeed_configs"
-    for path in (shipped / f"{name}.json", shipped / name, Path(name)):
+    for path in (Path(name), DEEPSPEED_CONFIGS / f"{name}.json", DEEPSPEED_CONFIGS / name):
         if path.is_file():
             return path
-    names = ", ".join(sorted(path.stem for path in shipped.glob("*.json")))
-    raise UserError(f"deepspeed_config {name} is neither the path of a JSON file nor one of: {names}")
+    names = ", ".join(sorted(path.stem for path in DEEPSPEED_CONFIGS.glob("*.json")))
+    raise UserError(f"deepspeed_config {name}: no such file; give the path of a JSON file, or one of: {names}")
 
 
 def _check_contradictions(config: TrainConfig) -> None:

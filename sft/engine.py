@@ -25,7 +25,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from sft import zero_json
-from sft.config import TrainConfig, UserError
+from sft.config import TrainConfig, UserError, deepspeed_config_path
 from sft.finite import DivergedError
 from sft.ranks import ensure_rank, was_launched
 
@@ -88,7 +88,7 @@ def deepspeed_dict(config: TrainConfig, world_size: int) -> dict[str, Any]:
             other than 1, 2, 3.
     """
     keys = zero_json.read(config.deepspeed_config)
-    _check_zero_keys(zero_json.find(config.deepspeed_config), keys["zero_optimization"])
+    _check_zero_keys(deepspeed_config_path(config.deepspeed_config), keys["zero_optimization"])
     # Sums of bf16 gradients in bf16 are off by 0.4 % after 8 micro-batches. ZeRO-1 would change to another optimizer
     # class for fp32 sums, and offload has none.
     summed = config.precision == "bf16" and config.gradient_accumulation_steps > 1

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: finds the file and checks that it holds ZeRO and communication keys only.
+"""The DeepSpeed JSON: reads the file and checks that it holds ZeRO and communication keys only.
 
 Takes a name or a path, gives the dictionary or a UserError that names file and key. Imports nothing heavy, so a wrong
 name is answered before torch is loaded. It does not know which keys inside zero_optimization exist: engine.py does.
@@ -6,26 +6,11 @@ name is answered before torch is loaded. It does not know which keys inside zero
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from sft.config import UserError
+from sft.config import UserError, deepspeed_config_path
 
-DIRECTORY = Path(__file__).resolve().parents[1] / "deepspeed_configs"
 ALLOWED = ("zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor")
-
-
-def find(name: str) -> Path:
-    """The file of a name in deepspeed_configs/, or of a path.
-
-    Raises:
-        UserError: there is none; lists those that exist.
-    """
-    for path in (Path(name), DIRECTORY / f"{name}.json", DIRECTORY / name):
-        if path.is_file():
-            return path
-    names = ", ".join(sorted(path.stem for path in DIRECTORY.glob("*.json"))) or "none"
-    raise UserError(f"deepspeed_config {name}: no such file; in {DIRECTORY} there are: {names}")
 
 
 def read(name: str) -> dict[str, Any]:
@@ -35,7 +20,7 @@ def read(name: str) -> dict[str, Any]:
         UserError: no such file, no JSON, a key that does not belong there, "auto", NVMe offload, or a ZeRO stage other
             than 1, 2, 3.
     """
-    path = find(name)
+    path = deepspeed_config_path(name)
     try:
         keys = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

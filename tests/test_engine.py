@@ -9,8 +9,8 @@ import pytest
 import torch
 import toy
 
-from sft import engine, zero_json
-from sft.config import TrainConfig, UserError
+from sft import engine
+from sft.config import DEEPSPEED_CONFIGS, TrainConfig, UserError
 from sft.finite import DivergedError, FiniteWatch
 
 
@@ -32,7 +32,7 @@ def write(directory, keys):
 # The dictionary
 
 
-@pytest.mark.parametrize("path", sorted(zero_json.DIRECTORY.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(DEEPSPEED_CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_json_is_accepted_by_name_and_by_path(path):
     for name in (path.stem, str(path)):
         keys = engine.deepspeed_dict(TrainConfig(deepspeed_config=name), world_size=2)

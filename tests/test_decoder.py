@@ -1,0 +1,161 @@
+"""The decoder's own loop over the layers: equal to transformers' forward, with recomputing, compiling and graphs."""
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaModel,
+    Phi3Config,
+    Phi3Model,
+    Qwen2_5_VLTextConfig,
+    Qwen2Config,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3Model,
+    Qwen3VLTextConfig,
+)
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
+
+from sft.model.decoder import Decoder
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+PLAIN = {
+    "qwen2": (Qwen2Model, Qwen2Config(**SIZES)),
+    "qwen2 with a window": (
+        Qwen2Model,
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    ),
+    "qwen3": (Qwen3Model, Qwen3Config(**SIZES, head_dim=8)),
+    "llama": (LlamaModel, LlamaConfig(**SIZES)),
+    "phi3 with a window": (Phi3Model, Phi3Config(**SIZES, sliding_window=8)),
+}
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+READ_BR = torch.tensor([[5, 19], [3, 11]])
+ROWS = torch.arange(2)[:, None]
+
+
+def build(kind, config):
+    torch.manual_seed(0)
+    model = kind(config)
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def embeddings():
+    return torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_states_are_those_of_transformers(name):
+    """Our loop, its masks and its shortened last layer change no number of any supported language model."""
+    model, inputs = build(*PLAIN[name]), embeddings()
+    expected = model(inputs_embeds=inputs, use_cache=False).last_hidden_state[ROWS, READ_BR]
+    torch.testing.assert_close(model.norm(Decoder(model)(inputs, READ_BR)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_three_dimensional_positions_reach_the_rotary_embedding():
+    """Qwen2.5-VL counts time, height and width: dropping them would turn every image by a little."""
+    config = Qwen2_5_VLTextConfig(**SIZES, rope_parameters=ROPE | {"mrope_section": [1, 1, 2]})
+    model, inputs = build(Qwen2_5_VLTextModel, config), embeddings()
+    positions = torch.randint(0, 20, (3, 2, 20), generator=torch.Generator().manual_seed(2))
+    expected = model(inputs_embeds=inputs, position_ids=positions, use_cache=False).last_hidden_state
+    got = model.norm(Decoder(model)(inputs, READ_BR, positions))
+    torch.testing.assert_close(got, expected[ROWS, READ_BR], rtol=1e-6, atol=1e-6)
+
+
+def test_deepstack_maps_are_added_after_the_first_layers():
+    """Qwen3-VL feeds maps of inner vision layers to the first decoder layers, at the image's positions alone."""
+    config = Qwen3VLTextConfig(**SIZES, head_dim=8, rope_parameters=ROPE | {"mrope_section": [2, 1, 1]})
+    model, inputs = build(Qwen3VLTextModel, config), embeddings()
+    image_BL = torch.zeros(2, 20, dtype=torch.bool)
+    image_BL[0, 1:4] = image_BL[1, 0:2] = True
+    maps_KMC = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(20).expand(3, 2, 20)
+    expected = model(
+        inputs_embeds=inputs,
+        position_ids=positions,
+        use_cache=False,
+        visual_pos_masks=image_BL,
+        deepstack_visual_embeds=list(maps_KMC),
+    ).last_hidden_state
+    got = model.norm(Decoder(model)(inputs, READ_BR, positions, image_BL, maps_KMC))
+    torch.testing.assert_close(got, expected[ROWS, READ_BR], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("recomputed", [1, 3])
+def test_recomputed_layers_give_the_same_gradients(recomputed):
+    """Recomputing some or all layers changes memory and time alone; a forward counter shows that it happens."""
+    model = build(*PLAIN["qwen2"]).train()
+    decoder, counted = Decoder(model), []
+    for layer in model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: counted.append(1))
+    parameters = list(model.layers.parameters())
+    plain = torch.autograd.grad(decoder(embeddings(), READ_BR).sum(), parameters)
+    assert len(counted) == 3
+    decoder.recomputed_layers = recomputed
+    again = torch.autograd.grad(decoder(embeddings(), READ_BR).sum(), parameters)
+    assert len(counted) == 3 + 3 + recomputed
+    for first, second in zip(plain, again, strict=True):
+        torch.testing.assert_close(second, first, rtol=0, atol=0)
+
+
+def test_no_layer_is_recomputed_outside_training():
+    """Validation keeps no activations, so it has nothing to recompute."""
+    model = build(*PLAIN["qwen2"]).train()
+    decoder = Decoder(model)
+    decoder.recomputed_layers = 3
+    with torch.no_grad():
+        states = decoder(embeddings(), READ_BR)
+    assert states.grad_fn is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph_tokens", [0, 10_000])
+def test_compiled_and_graphed_layers_agree_with_eager_ones(graph_tokens):
+    """Compiling and replaying change rounding, nothing else: states and gradients stay within 1e-5 of eager fp32."""
+    model = build(*PLAIN["qwen2"]).train().cuda()
+    inputs, read_BR = embeddings().cuda(), READ_BR.cuda()
+    parameters = list(model.layers.parameters())
+    states = Decoder(model)(inputs, read_BR)
+    expected = [states, *torch.autograd.grad(states.square().sum(), parameters)]
+    decoder = Decoder(model)
+    decoder.compile()
+    decoder.graph_tokens = graph_tokens
+    for _ in range(3):  # recording, then replaying
+        states = decoder(inputs, read_BR)
+        got = [states, *torch.autograd.grad(states.square().sum(), parameters)]
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.gpu
+def test_graphs_add_up_gradients_and_leave_the_random_state():
+    """Two micro-batches through one graph: a replay must not overwrite the sum; recording must not draw numbers."""
+    model = build(*PLAIN["qwen2"]).train().cuda()
+    first, second = embeddings().cuda(), embeddings().cuda().flip(1).contiguous()
+    read_BR = READ_BR.cuda()
+    expected = []
+    for inputs in (first, second):
+        gradients = torch.autograd.grad(Decoder(model)(inputs, read_BR).square().sum(), list(model.layers.parameters()))
+        expected = [sum(pair) for pair in zip(expected or [0] * len(gradients), gradients, strict=True)]
+    decoder = Decoder(model)
+    decoder.graph_tokens = 10_000
+    before = torch.cuda.get_rng_state()
+    decoder(first, read_BR)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    for inputs in (first, second):
+        decoder(inputs, read_BR).square().sum().backward()
+    for parameter, gradient in zip(model.layers.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))

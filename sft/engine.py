@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from sft import zero_json
 from sft.config import TrainConfig, UserError, deepspeed_config_path
 from sft.finite import DivergedError
+from sft.flat import Layout, Vector, Vectors, layout
 from sft.ranks import ensure_rank, was_launched
 
 # DeepSpeed picks its accelerator while it is imported, so the choice has to stand before that.
@@ -37,7 +38,7 @@ import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 
-Engine = deepspeed.DeepSpeedEngine
+_LINEAR = nn.functional.linear  # ZeRO-3 replaces it for the whole process, and the other rounds differently
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,48 @@ class Ranks:
     def is_main(self) -> bool:
         """True on the one rank that writes files and prints."""
         return self.rank == 0
+
+
+class Engine:
+    """A model in training: run it, give it gradients, step.
+
+    Under ZeRO-1 and 2 DeepSpeed holds the vectors of what trains and autograd the parameters of the model; under
+    ZeRO-3, which deals out the parameters of each module, DeepSpeed holds the model.
+    """
+
+    def __init__(self, model: nn.Module, deepspeed_engine: deepspeed.DeepSpeedEngine, vectors: list[Vector]):
+        self.model, self.deepspeed, self.vectors = model, deepspeed_engine, vectors
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The model's forward pass."""
+        return self.model(*inputs) if self.vectors else self.deepspeed(*inputs)
+
+    def train(self) -> None:
+        """Dropout on, activations recomputed as asked."""
+        self.model.train()
+
+    def eval(self) -> None:
+        """Dropout off."""
+        self.model.eval()
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass of one micro-batch: gradients, summed over micro-batches, reduced over ranks."""
+        if self.vectors:
+            loss.backward()
+            loss = self.deepspeed(tuple(vector.take_gradients() for vector in self.vectors))
+        self.deepspeed.backward(loss)
+
+    def step(self) -> None:
+        """AdamW and the schedule after the last micro-batch of a step; before it, nothing."""
+        self.deepspeed.step()
+
+    def gradient_norm(self) -> Tensor | float | None:
+        """L2 norm of all gradients of the last step before clipping; None before the first."""
+        return self.deepspeed.get_global_grad_norm()
+
+    def learning_rate(self) -> float:
+        """Of the first group in the step to come."""
+        return self.deepspeed.lr_scheduler.get_last_lr()[0]
 
 
 def start(config: TrainConfig) -> Ranks:
@@ -99,7 +142,8 @@ def deepspeed_dict(config: TrainConfig, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "train_batch_size": config.batch_size * config.gradient_accumulation_steps * world_size,
         "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": config.precision == "bf16"},
+        # The check waits for the GPU in every step; `FiniteWatch` sees what it sees, without waiting.
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
         "zero_allow_untested_optimizer": True,
         # Offload with torch's fused AdamW on the CPU; DeepSpeed's own would be compiled on the user's machine.
         "zero_force_ds_cpu_optimizer": False,
@@ -114,8 +158,8 @@ def initialize(
 ) -> Engine:
     """Wraps the model with AdamW, the learning-rate schedule and ZeRO; the engine steps the schedule itself.
 
-    A parameter may have no gradient in a step: it counts as zero. The set of parameters that have one must be the
-    same on every rank and in every micro-batch of a step (ZeRO's buckets have no way to tell them apart).
+    A parameter may have no gradient in a step: it counts as zero. Under ZeRO-3 the set of parameters that have one
+    must be the same on every rank and in every micro-batch of a step (its buckets have no way to tell them apart).
 
     Args:
         model: its parameters are moved to the device and cast to the compute dtype; buffers keep theirs.
@@ -127,21 +171,29 @@ def initialize(
     trainable = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
     assert sorted(grouped) == sorted(trainable), "param_groups must hold every trainable parameter once"
     param_groups = [group for group in param_groups if group["params"]]
+    settings = deepspeed_dict(config, ranks.world_size)
+    vectors, held = [], model
+    if settings["zero_optimization"]["stage"] < 3:
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        nn.functional.linear = _LINEAR
+        vectors = _vectors(model, param_groups, dtype, ranks.device)
+        param_groups = [group | {"params": [v.parameter]} for group, v in zip(param_groups, vectors, strict=True)]
+        held = Vectors(vectors)
+        _move(model, dtype, ranks.device)
     optimizer = torch.optim.AdamW(param_groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, total_steps, warmup_steps, config.lr_scheduler)
     )
-    ds_engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=schedule,
-        config=deepspeed_dict(config, ranks.world_size),
-        dist_init_required=False,
+    deepspeed_engine, *_ = deepspeed.initialize(
+        model=held, optimizer=optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
     )
-    _create_optimizer_state(ds_engine)
-    _forget_gradients_after_step(ds_engine)
-    return ds_engine
+    for vector in vectors:
+        vector.link()
+    engine = Engine(model, deepspeed_engine, vectors)
+    _create_optimizer_state(engine)
+    _forget_gradients_after_step(engine)
+    return engine
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, kind: str) -> float:
@@ -167,21 +219,12 @@ def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, kind: s
 
 def set_schedule_step(ds_engine: Engine, step: int) -> None:
     """Puts the schedule at an optimizer step, as if so many had been taken."""
-    schedule = ds_engine.lr_scheduler
+    schedule = ds_engine.deepspeed.lr_scheduler
     schedule.last_epoch = step
     rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    for group, rate in zip(ds_engine.basic_optimizer.param_groups, rates, strict=True):
+    for group, rate in zip(ds_engine.deepspeed.basic_optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule._last_lr = rates
-
-
-def gradient_norms(ds_engine: Engine) -> dict[str, float | None]:
-    """L2 norm of each trainable parameter's averaged gradient (None: it has none). Collective.
-
-    Call between the last micro-batch's `engine.backward()` and `engine.step()`. It waits for the device.
-    """
-    gradients = {name: deepspeed.utils.safe_get_full_grad(p) for name, p in _trainable(ds_engine).items()}
-    return {name: None if gradient is None else float(gradient.float().norm()) for name, gradient in gradients.items()}
 
 
 @contextlib.contextmanager
@@ -196,8 +239,8 @@ def settle(ds_engine: Engine) -> None:
 
     Such a pass leaves parameters in flight for the backward pass it expects, and then none can be made whole.
     """
-    if ds_engine.zero_optimization_stage() == 3:
-        ds_engine.empty_partition_cache()
+    if ds_engine.deepspeed.zero_optimization_stage() == 3:
+        ds_engine.deepspeed.empty_partition_cache()
 
 
 def trainable_state(ds_engine: Engine) -> dict[str, Tensor]:
@@ -225,7 +268,7 @@ def training_tensors(ds_engine: Engine) -> dict[str, Any]:
         DivergedError: on every rank, if a value is not finite.
     """
     parameters, finite = {}, None
-    for name, parameter in _trainable(ds_engine).items():
+    for parameter, places in _optimised(ds_engine):
         whole = {
             "master": deepspeed.utils.safe_get_full_fp32_param(parameter),
             "exp_avg": deepspeed.utils.safe_get_full_optimizer_state(parameter, "exp_avg"),
@@ -234,7 +277,9 @@ def training_tensors(ds_engine: Engine) -> dict[str, Any]:
         for value in whole.values():
             finite = torch.isfinite(value).all() if finite is None else finite & torch.isfinite(value).all()
         if torch.distributed.get_rank() == 0:
-            parameters[name] = {key: value.detach().to("cpu", copy=True) for key, value in whole.items()}
+            for key, value in whole.items():
+                for name, part in places.cut(value.detach()).items():
+                    parameters.setdefault(name, {})[key] = part.to("cpu", copy=True)
     if finite is not None and not bool(finite):
         raise DivergedError("a trained weight is not finite (NaN or infinite): the checkpoint was not written")
     steps = {int(state["step"]) for state in _adam_states(ds_engine)}
@@ -242,9 +287,9 @@ def training_tensors(ds_engine: Engine) -> dict[str, Any]:
     return {
         "parameters": parameters,
         "adam_step": steps.pop(),
-        "schedule_step": ds_engine.lr_scheduler.last_epoch,
-        "global_steps": ds_engine.global_steps,
-        "global_samples": ds_engine.global_samples,
+        "schedule_step": ds_engine.deepspeed.lr_scheduler.last_epoch,
+        "global_steps": ds_engine.deepspeed.global_steps,
+        "global_samples": ds_engine.deepspeed.global_samples,
     }
 
 
@@ -254,19 +299,24 @@ def restore_training_tensors(ds_engine: Engine, state: dict[str, Any]) -> None:
     Args:
         state: names and shapes must be this engine's (`parameter_shapes`); the caller checks them.
     """
-    for name, parameter in _trainable(ds_engine).items():
-        whole = state["parameters"][name]
+    fp32 = torch.empty(0, dtype=torch.float32)
+    for parameter, places in _optimised(ds_engine):
+        named = {place.name: state["parameters"][place.name] for place in places.places}
+        whole = {
+            key: places.join({name: values[key] for name, values in named.items()}, fp32)
+            for key in ("master", "exp_avg", "exp_avg_sq")
+        }
         _set_partition(parameter, whole["master"], None)
         _set_partition(parameter, whole["exp_avg"], "exp_avg")
         _set_partition(parameter, whole["exp_avg_sq"], "exp_avg_sq")
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            parameter.copy_(whole["master"])
+            parameter.copy_(whole["master"].view(parameter.shape))
     for partition in _adam_states(ds_engine):
         partition["step"].fill_(state["adam_step"])
     set_schedule_step(ds_engine, state["schedule_step"])
-    ds_engine.global_steps = state["global_steps"]
-    ds_engine.global_samples = state["global_samples"]
-    ds_engine.micro_steps = state["global_steps"] * ds_engine.gradient_accumulation_steps()
+    ds_engine.deepspeed.global_steps = state["global_steps"]
+    ds_engine.deepspeed.global_samples = state["global_samples"]
+    ds_engine.deepspeed.micro_steps = state["global_steps"] * ds_engine.deepspeed.gradient_accumulation_steps()
 
 
 def parameter_shapes(ds_engine: Engine) -> dict[str, tuple[int, ...]]:
@@ -339,19 +389,44 @@ def _check_zero_keys(path: Path, zero: dict[str, Any]) -> None:
 
 
 def _trainable(ds_engine: Engine) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in ds_engine.module.named_parameters() if p.requires_grad}
+    return {name: p for name, p in ds_engine.model.named_parameters() if p.requires_grad}
+
+
+def _vectors(
+    model: nn.Module, param_groups: list[dict[str, Any]], dtype: torch.dtype, device: torch.device
+) -> list[Vector]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [Vector({names[id(p)]: p for p in group["params"]}, dtype, device) for group in param_groups]
+
+
+def _move(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """To the device, parameters in the compute dtype; buffers such as rotary frequencies keep theirs."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def _optimised(ds_engine: Engine) -> list[tuple[nn.Parameter, Layout]]:
+    """What the optimizer updates, and which trainable parameters lie in it where."""
+    if ds_engine.vectors:
+        return [(vector.parameter, vector.layout) for vector in ds_engine.vectors]
+    whole = {name: getattr(p, "ds_shape", p.shape) for name, p in _trainable(ds_engine).items()}
+    return [(p, layout({name: whole[name]}, aligned=1)) for name, p in _trainable(ds_engine).items()]
 
 
 def _flat_masters(ds_engine: Engine) -> list[Tensor]:
     """This rank's slices of the masters, flattened: what AdamW really updates."""
-    zero = ds_engine.optimizer
-    if ds_engine.zero_optimization_stage() == 3:
+    zero = ds_engine.deepspeed.optimizer
+    if ds_engine.deepspeed.zero_optimization_stage() == 3:
         return zero.fp32_partitioned_groups_flat
     return zero.single_partition_of_fp32_groups
 
 
 def _adam_states(ds_engine: Engine) -> list[dict[str, Tensor]]:
-    return [ds_engine.basic_optimizer.state[flat] for flat in _flat_masters(ds_engine)]
+    return [ds_engine.deepspeed.basic_optimizer.state[flat] for flat in _flat_masters(ds_engine)]
 
 
 def _create_optimizer_state(ds_engine: Engine) -> None:
@@ -361,13 +436,13 @@ def _create_optimizer_state(ds_engine: Engine) -> None:
     could then be neither read nor restored. It also shows the memory it takes before training starts.
     """
     for flat in _flat_masters(ds_engine):
-        ds_engine.basic_optimizer.state[flat] = {
+        ds_engine.deepspeed.basic_optimizer.state[flat] = {
             "step": torch.zeros((), dtype=torch.float32, device=flat.device),
             "exp_avg": torch.zeros_like(flat, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
         }
-    if ds_engine.zero_optimization_stage() < 3:
-        ds_engine.optimizer._lazy_init_hp_params_optimizer_state()
+    if ds_engine.deepspeed.zero_optimization_stage() < 3:
+        ds_engine.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _forget_gradients_after_step(ds_engine: Engine) -> None:
@@ -375,9 +450,9 @@ def _forget_gradients_after_step(ds_engine: Engine) -> None:
 
     There (0.19.8) a parameter without a gradient would be updated with the gradient of an earlier step.
     """
-    zero = ds_engine.optimizer
+    zero = ds_engine.deepspeed.optimizer
     kept = [flat.grad for flat in _flat_masters(ds_engine) if flat.grad is not None]
-    if ds_engine.zero_optimization_stage() == 3:
+    if ds_engine.deepspeed.zero_optimization_stage() == 3:
         kept.append(zero.grad_partitions_flat_buffer)
     step = zero.step
 

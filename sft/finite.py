@@ -30,7 +30,7 @@ class FiniteWatch:
 
         Args:
             loss: this rank's, scalar.
-            gradient_norm: of the last optimizer step, `ds_engine.get_global_grad_norm()`; None before the first.
+            gradient_norm: of the last optimizer step, `ds_engine.gradient_norm()`; None before the first.
             step: the optimizer step the two belong to.
         """
         finite = torch.isfinite(loss.detach())

@@ -89,7 +89,7 @@ def train_epoch(run: Run, epoch: int) -> None:
     sums: dict[str, Tensor] = {}
     plan = epoch_plan(run, epoch)
     for number, batch in enumerate(watch.timed("data", run.features.batches(plan)), start=1):
-        lr = run.ds_engine.lr_scheduler.get_last_lr()[0]  # of this step; the step itself moves it on
+        lr = run.ds_engine.learning_rate()  # of this step; the step itself moves it on
         terms = train_step(run, batch, watch)
         sums = {name: sums.get(name, 0) + value for name, value in terms.items()}
         if number % config.gradient_accumulation_steps:
@@ -122,7 +122,7 @@ def train_step(run: Run, batch: Batch, watch: Stopwatch) -> dict[str, Tensor]:
         run.ds_engine.backward(terms["total"])
     with watch.part("optimizer"):
         run.ds_engine.step()
-    run.watch.update(terms["total"], run.ds_engine.get_global_grad_norm(), run.progress.step + 1)
+    run.watch.update(terms["total"], run.ds_engine.gradient_norm(), run.progress.step + 1)
     return {name: value.detach() for name, value in terms.items()}
 
 

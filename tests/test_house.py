@@ -18,7 +18,7 @@ SCRIPTS = ("launch", "tune")
 LAYERS = (
     ("settings", "metrics", "stopwatch"),
     ("config", "ranks"),
-    ("devices", "finite", "losses", "synthetic", "zero_json"),
+    ("devices", "finite", "flat", "losses", "synthetic", "zero_json"),
     ("data", "engine", "memory", "model", "report"),
     ("checkpoint", "features", "gate", "provenance"),
     ("run", "pretrain", "card"),
@@ -39,7 +39,7 @@ OWNERS = {
 }
 NEVER = {"torchvision", "timm", "mmengine", "mmcv", "xtuner", "flash_attn", "matplotlib", "einops", "qwen_vl_utils"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 50
-LONGER = {"sft/engine.py": 450}  # all of DeepSpeed stands in it
+LONGER = {"sft/engine.py": 500}  # all of DeepSpeed stands in it
 GIVEN_PATHS = re.compile(r"(?<![\w.$}~])/(?:work|root|home/(?!someone)\w+|tmp/\w+|usr/local)/\w")
 
 

@@ -13,11 +13,11 @@ Choices, with what they were measured against (2 cores, ext4 on a virtual disk, 
 - One file per entry, complete or absent (written beside, then renamed). Reading in random order is as fast as from one
   large file (1.6 against 1.4 GB/s from the disk, 8 GB/s both from the page cache), and it needs no lock, no index that
   could disagree with the data and no compaction; processes that fill at once can only do the same work twice. 10,000
-  names are listed in 10 ms.
+  names are listed in 20 ms.
 - Files are read, not mapped: a mapped file that another process cuts short kills the reader (SIGBUS), a mapping per
   entry measured 1.2 GB/s, and a read goes straight into pinned memory. All processes share the page cache either way.
 - safetensors as the format, so that any of its readers opens an entry; a CRC-32 over header and data is checked at each
-  process's first read of an entry (7 GB/s here, 1 GB/s with an old zlib; in the threads that read).
+  process's first read of an entry (7 GB/s on an idle core, less with older zlibs; in the threads that read).
 - No fsync: what a power cut leaves is found by the CRC and computed again.
 - Memory stores pack entries into slabs: single pinned allocations are rounded up to powers of two.
 - In front of a disk store, a memory store takes from it what it has not kept: a sweep's trials compute nothing again.

@@ -1,7 +1,7 @@
 """Fingerprints: short texts that change when weights, a file's bytes or settings do. Keys of entries are made of them.
 
-Weights are hashed where they lie, GPU or CPU, with the same result: 1 GB takes about 0.4 s on one CPU core, and nothing
-but one number per tensor leaves a GPU.
+Weights are hashed where they lie, GPU or CPU, with the same result: 1 GB takes 0.6 s of a CPU core, and nothing but one
+number per tensor leaves a GPU.
 
 Why `weights_fingerprint` notices a single changed bit: a tensor's bytes are cut into 64-bit lanes; each lane, after its
 position times an odd constant is added, goes through splitmix64's finalizer (Steele, Lea, Flood 2014), which is a
@@ -21,7 +21,7 @@ from torch import Tensor
 
 DIGEST_BYTES = 16
 LANE_BYTES = 8
-CPU_CHUNK_LANES = 2**17  # stays in a core's cache
+CPU_CHUNK_LANES = 2**15  # fits a core's cache; torch divides more than that among threads, which wait for each other
 GPU_CHUNK_LANES = 2**24  # 128 MiB, three of them at once
 
 

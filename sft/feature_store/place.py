@@ -78,7 +78,6 @@ def choose(wanted: str, demand: Demand, room: Room, reserve_bytes: int, share_on
     needed = {"gpu": one, "host": one * demand.ranks, "disk": new}
     free = {"gpu": max(0, room.gpu - reserve_bytes), "host": room.host, "disk": room.disk}
     fits = {place: needed[place] <= SHARE[place] * free[place] for place in needed}
-    fits["gpu"] &= room.gpu > 0
     on_disk = share_on_disk and fits["disk"]
     what = f"{one / GIB:.1f} GiB for {demand.images:,} images" + (f" in {demand.views} views" * (demand.views > 1))
     why = {place: _room_in_words(place, needed[place], free[place], demand, room, reserve_bytes) for place in needed}

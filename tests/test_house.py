@@ -18,7 +18,7 @@ SCRIPTS = ("launch", "tune")
 LAYERS = (
     ("settings", "metrics", "stopwatch"),
     ("config", "ranks"),
-    ("devices", "finite", "flat", "losses", "synthetic", "zero_json"),
+    ("devices", "feature_store", "finite", "flat", "losses", "synthetic", "zero_json"),
     ("data", "engine", "memory", "model", "report"),
     ("checkpoint", "features", "gate", "provenance"),
     ("run", "pretrain", "card"),

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from sft.config import UserError
-from sft.model import key_map, weights
+from sft.model import internlm2, key_map, phi3, weights
 from sft.model.preprocess import IMAGE_END, IMAGE_START, IMAGE_TOKEN, SEG_TOKEN, TEMPLATES, Preprocess, Template
 from sft.model.sa2va import Sa2VA, Sa2VASettings
 
@@ -161,7 +161,8 @@ def save(
     state = dict(model.state_dict())
     if model.language_model.config.tie_word_embeddings:
         state.pop("language_model.lm_head.weight", None)
-    published = {name: tensor.to(dtype).contiguous().clone() for name, tensor in key_map.to_published(state).items()}
+    state = key_map.to_published(state, internlm2.heads_of(model.language_model.config))
+    published = {name: tensor.to(dtype).contiguous().clone() for name, tensor in state.items()}
     save_file(published, directory / weights.FILE, metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(directory)
@@ -200,11 +201,17 @@ def _language_config(published: dict, file: Path) -> PreTrainedConfig:
                 return Qwen3Config(**settings)
             case "LlamaForCausalLM":
                 return LlamaConfig(**settings)
+            case "InternLM2ForCausalLM":
+                return internlm2.language_config(published, file)
+            case "Phi3ForCausalLM":
+                return phi3.language_config(published, file)
+    except UserError:
+        raise
     except _REFUSED as error:
         raise UserError(f"{file}: llm_config is not valid ({_one_line(error)}); check the download") from error
     raise UserError(
         f"{file}: language model {architecture} is not supported yet; "
-        "supported: Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM"
+        "supported: Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM, InternLM2ForCausalLM, Phi3ForCausalLM"
     )
 
 

@@ -296,7 +296,7 @@ def test_the_qwen_vl_family_is_named_as_not_supported_yet_before_its_tokenizer_i
 @pytest.mark.parametrize("name", ["GemmaForCausalLM", "MistralForCausalLM"])
 def test_other_language_models_are_named_as_not_supported_yet(directory, name):
     edit_config(directory, lambda config: config["llm_config"].update(architectures=[name]))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "InternLM2Tokenizer"}))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GemmaTokenizer"}))
     assert f"config.json: language model {name} is not supported yet; supported: Qwen2" in refused(directory)
 
 
@@ -354,8 +354,8 @@ def test_tokenizers_that_are_missing_broken_or_not_sa2vas(directory):
     assert "cannot be read" in refused(directory)
     (directory / "tokenizer.json").unlink()
     assert "cannot be read" in refused(directory)
-    file.write_text(json.dumps(settings | {"tokenizer_class": "InternLM2Tokenizer"}))
-    assert f"{file}: tokenizer_class 'InternLM2Tokenizer' is not supported yet" in refused(directory)
+    file.write_text(json.dumps(settings | {"tokenizer_class": "GemmaTokenizer"}))
+    assert f"{file}: tokenizer_class 'GemmaTokenizer' is not supported yet" in refused(directory)
     file.write_text(json.dumps(settings | {"tokenizer_class": None}))
     assert f"{file}: tokenizer_class '' is not supported yet" in refused(directory)
     file.write_text("nonsense")

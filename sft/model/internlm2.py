@@ -1,4 +1,4 @@
-"""InternLM2, the language model of Sa2VA-8B and 26B, on transformers' Llama modules: settings, names, tensors, adapters.
+"""InternLM2, the language model of Sa2VA-8B and 26B, on transformers' Llama modules: names, tensors, adapters.
 
 Takes a published llm_config, tensors and names, gives Llama's, and backwards; no files. InternLM2 is Llama under other
 names, but for one tensor: `attention.wqkv` holds q, k and v of each key/value group side by side. So every weight

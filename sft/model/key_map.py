@@ -1,8 +1,8 @@
 """Published tensor names <-> native module paths, in both directions.
 
 Takes and gives names and tensors, no files. The published model keeps its own InternViT and SAM2; here transformers'
-modules stand in their place, so names differ inside `vision_model` and `grounding_encoder.sam2_model`, and inside an InternLM2
-language model (`heads` is given then; internlm2.py), and nowhere else. Three tensors differ in shape as well:
+modules stand in their place, so names differ inside `vision_model` and `grounding_encoder.sam2_model` and nowhere else,
+but for an InternLM2 language model, whose `heads` are given then (internlm2.py). Three tensors differ in shape as well:
 InternViT's fused qkv, SAM2's four point embeddings, SAM2's gaussian matrix.
 """
 

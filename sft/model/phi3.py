@@ -1,4 +1,4 @@
-"""Phi-3 as a language model of Sa2VA, on transformers' Phi3 modules: its settings, and what LoRA's usual names mean there.
+"""Phi-3 as a language model of Sa2VA, on transformers' Phi3 modules: its settings, what LoRA's usual names mean.
 
 Takes a published llm_config and names; no tensors: names and shapes of the weights are the same in both. Phi-3 holds q,
 k and v in one linear `qkv_proj`, and the feed-forward's gate and up in `gate_up_proj`. It does not know tokenizers.

@@ -223,6 +223,8 @@ def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The concrete tokenizer class: AutoTokenizer would ask on the terminal whether to run the directory's code."""
     from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
+    from sft.model.internlm2_tokenizer import InternLM2Tokenizer
+
     file = directory / "tokenizer_config.json"
     if not file.is_file():
         raise UserError(f"{file}: no such file; copy the published model's tokenizer files there")
@@ -234,10 +236,12 @@ def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             kind = LlamaTokenizer
         case "PreTrainedTokenizer" | "TokenizersBackend":
             kind = PreTrainedTokenizerFast
+        case "InternLM2Tokenizer":
+            kind = InternLM2Tokenizer
         case _:
             raise UserError(
                 f"{file}: tokenizer_class {name!r} is not supported yet; supported: Qwen2Tokenizer, LlamaTokenizer, "
-                "PreTrainedTokenizerFast"
+                "InternLM2Tokenizer, PreTrainedTokenizerFast"
             )
     try:
         return kind.from_pretrained(directory)

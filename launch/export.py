@@ -42,23 +42,32 @@ def export(arguments: argparse.Namespace) -> int:
     from sft.model import export as exporting
     from sft.model import published
     from sft.model.weights import read_json
+    from sft.seg_rate import seg_rate_line
 
     if arguments.adapter_only:
         exporting.export_adapter(arguments.checkpoint, arguments.output)
         print(f"adapter in {arguments.output}")
+        print(seg_rate_line(arguments.checkpoint))
         return 0
     named = read_json(arguments.checkpoint / "adapter_config.json").get("base_model_name_or_path")
     base = published.resolve(arguments.model_path or named)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(arguments.dtype)
-    written = exporting.export(base, arguments.checkpoint, arguments.output, dtype)
+    written = exporting.export(base, arguments.checkpoint, arguments.output, dtype, tell=_tell)
     print(f"{written.tensors:,} tensors, {', '.join(written.dtypes)}, {written.bytes:,} bytes in {arguments.output}")
     print(f"  {written.merged:,} with LoRA merged, {written.replaced:,} replaced by trained ones, read back in order")
+    if written.left_out:
+        print(f"  left out: {', '.join(written.left_out)}: not read, so not merged")
+    print(seg_rate_line(arguments.checkpoint))
     if arguments.validate:
         from sft.train import validate_directory
 
         before, after = validate_directory(arguments.checkpoint, arguments.output)
         print(f"validation Dice {before:.4f} in the run, {after:.4f} of the merged model ({after - before:+.4f})")
     return 0
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A directory is data: nothing in it is run. Gives a native `Sa2VA` and its `Preprocess`; it does not know LoRA.
 """
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,30 +222,34 @@ def _sam2_config(config: dict) -> Sam2Config:
 
 def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The concrete tokenizer class: AutoTokenizer would ask on the terminal whether to run the directory's code."""
-    from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
+    from sft.model import llama_tokenizer
     from sft.model.internlm2_tokenizer import InternLM2Tokenizer
 
     file = directory / "tokenizer_config.json"
     if not file.is_file():
         raise UserError(f"{file}: no such file; copy the published model's tokenizer files there")
-    name = weights.read_json(file).get("tokenizer_class") or ""
+    settings = weights.read_json(file)
+    name = settings.get("tokenizer_class") or ""
     match name.removesuffix("Fast"):
         case "Qwen2Tokenizer":
-            kind = Qwen2Tokenizer
+            read = Qwen2Tokenizer.from_pretrained
         case "LlamaTokenizer":
-            kind = LlamaTokenizer
+            read = functools.partial(llama_tokenizer.read, settings=settings)
         case "PreTrainedTokenizer" | "TokenizersBackend":
-            kind = PreTrainedTokenizerFast
+            read = PreTrainedTokenizerFast.from_pretrained
         case "InternLM2Tokenizer":
-            kind = InternLM2Tokenizer
+            read = InternLM2Tokenizer.from_pretrained
         case _:
             raise UserError(
                 f"{file}: tokenizer_class {name!r} is not supported yet; supported: Qwen2Tokenizer, LlamaTokenizer, "
                 "InternLM2Tokenizer, PreTrainedTokenizerFast"
             )
     try:
-        return kind.from_pretrained(directory)
+        return read(directory)
+    except UserError:
+        raise
     except Exception as error:  # the tokenizers package raises bare Exception on a broken file
         raise UserError(
             f"{directory}: its {name} cannot be read ({_one_line(error)}); copy the published tokenizer files again"

@@ -42,7 +42,6 @@ def export(arguments: argparse.Namespace) -> int:
     from sft.model import export as exporting
     from sft.model import published
     from sft.model.weights import read_json
-    from sft.seg_rate import seg_rate_line
 
     if arguments.adapter_only:
         exporting.export_adapter(arguments.checkpoint, arguments.output)
@@ -64,6 +63,25 @@ def export(arguments: argparse.Namespace) -> int:
         before, after = validate_directory(arguments.checkpoint, arguments.output)
         print(f"validation Dice {before:.4f} in the run, {after:.4f} of the merged model ({after - before:+.4f})")
     return 0
+
+
+def seg_rate_line(checkpoint_directory: Path) -> str:
+    """The [SEG] rate that the run found before and after, for those who go on to generate freely."""
+    from sft import checkpoint, provenance
+
+    what = "[SEG] rate (how often the model, asked freely, arrives at [SEG])"
+    run_directory = checkpoint_directory.resolve().parent
+    try:
+        checkpoint.check_complete(checkpoint_directory)
+        epoch = checkpoint.read_progress(checkpoint_directory).epoch
+        rates = provenance.seg_rates(run_directory)
+        samples = provenance.settings_of_run(run_directory).seg_rate_samples
+    except UserError as error:
+        return f"{what}: not known: {error}"
+    if not rates:
+        return f"{what}: not measured by this run (seg_rate_samples {samples})"
+    before, after = (f"{rates[one]:.2f}" if one in rates else "not measured" for one in (0, epoch))
+    return f"{what}: base {before}, epoch {epoch} {after}, on up to {samples} validation images"
 
 
 def _tell(line: str) -> None:

@@ -21,7 +21,7 @@ LAYERS = (
     ("devices", "finite", "losses", "synthetic", "zero_json"),
     ("data", "engine", "memory", "model", "report"),
     ("checkpoint", "features", "gate", "provenance"),
-    ("run", "pretrain", "card", "seg_rate"),
+    ("run", "pretrain", "card"),
     ("train",),
     SCRIPTS,
 )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from internlm2_files import ROWS, write_tokenizer
+from tokenizers import processors
+from transformers import LlamaTokenizer
 
 from sft.config import UserError
 from sft.model import published
@@ -38,6 +40,18 @@ def test_the_prompt_begins_with_bos_and_ends_at_seg(tmp_path):
     assert tokenizer.decode(ids) == f"<s>{words}<|im_start|>assistant\n Sure, [SEG]"
     assert ids[0] == BOS and ids[-1] == preprocess.seg_token_id == 711
     assert preprocess.stop_token_ids == [711, 701]
+
+
+def test_a_tokenizer_json_that_lies_there_changes_nothing(tmp_path):
+    """As LlamaTokenizer's fast form leaves it, with `<s>` first, where tokenizer_config.json wants none."""
+    write_tokenizer(tmp_path, "no bos, eos")
+    before = published._read_tokenizer(tmp_path)
+    backend = LlamaTokenizer.from_pretrained(tmp_path).backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single="<s>:0 $A:0", special_tokens=[("<s>", BOS)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    after = published._read_tokenizer(tmp_path)
+    assert [after.encode(text) for text in ("a", "[SEG] b")] == [before.encode(text) for text in ("a", "[SEG] b")]
+    assert after.encode("a")[0] != BOS and after.encode("a")[-1] == EOS
 
 
 def test_vocabulary_and_files_make_the_round_trip(tmp_path):

@@ -15,6 +15,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from sft.config import UserError
 from sft.model import internlm2, key_map, phi3, published
+from sft.model.decoder import Decoder
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "language_models.json").read_text(encoding="utf-8"))
 FILE = Path("config.json")
@@ -145,3 +146,15 @@ def test_lora_targets_of_phi3():
     assert phi3.lora_targets(("qkv_proj", "down_proj")) == ("qkv_proj", "down_proj")
     with pytest.raises(UserError, match="holds q_proj, k_proj, v_proj in one linear; name qkv_proj, or add k_proj;"):
         phi3.lora_targets(("q_proj", "v_proj"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_decoder_that_runs_the_layers_one_by_one_gives_the_same_states(name):
+    """Rope that grows with the prompt and windows reach the layers by its own hands, not by the model's forward."""
+    hidden, _ = states_of(name)
+    length = CASES[name]["length"]
+    model, read = model_of(name).model, torch.tensor([[0, length // 2, length - 1]] * 2)
+    ids = torch.from_numpy(np.random.default_rng(9).integers(3, 97, (2, length)))
+    with torch.no_grad():
+        found = model.norm(Decoder(model)(model.get_input_embeddings()(ids), read))
+    torch.testing.assert_close(found, hidden[torch.arange(2)[:, None], read], atol=1e-5, rtol=1e-5)

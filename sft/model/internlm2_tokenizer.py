@@ -15,11 +15,17 @@ from transformers import PreTrainedTokenizer
 FILE = "tokenizer.model"
 
 
-class InternLM2Tokenizer(PreTrainedTokenizer):
-    """The published class's behaviour; transformers keeps the added tokens and cuts the text at them.
+def read(directory: Path, settings: dict) -> PreTrainedTokenizer:
+    """The tokenizer of a directory whose tokenizer_config.json, the `settings`, names InternLM2Tokenizer."""
+    tokenizer = InternLM2Tokenizer.from_pretrained(directory)
+    # transformers 5 takes these two from a tokenizer.json that lies there, which the published class does not read.
+    tokenizer.add_bos_token = settings.get("add_bos_token", True)
+    tokenizer.add_eos_token = settings.get("add_eos_token", False)
+    return tokenizer
 
-    Read one with `InternLM2Tokenizer.from_pretrained(directory)`.
-    """
+
+class InternLM2Tokenizer(PreTrainedTokenizer):
+    """The published class's behaviour; transformers keeps the added tokens and cuts the text at them."""
 
     vocab_files_names = {"vocab_file": FILE}
     model_input_names = ["input_ids", "attention_mask"]

@@ -224,8 +224,7 @@ def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The concrete tokenizer class: AutoTokenizer would ask on the terminal whether to run the directory's code."""
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
-    from sft.model import llama_tokenizer
-    from sft.model.internlm2_tokenizer import InternLM2Tokenizer
+    from sft.model import internlm2_tokenizer, llama_tokenizer
 
     file = directory / "tokenizer_config.json"
     if not file.is_file():
@@ -240,7 +239,7 @@ def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         case "PreTrainedTokenizer" | "TokenizersBackend":
             read = PreTrainedTokenizerFast.from_pretrained
         case "InternLM2Tokenizer":
-            read = InternLM2Tokenizer.from_pretrained
+            read = functools.partial(internlm2_tokenizer.read, settings=settings)
         case _:
             raise UserError(
                 f"{file}: tokenizer_class {name!r} is not supported yet; supported: Qwen2Tokenizer, LlamaTokenizer, "

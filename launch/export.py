@@ -46,19 +46,46 @@ def export(arguments: argparse.Namespace) -> int:
     if arguments.adapter_only:
         exporting.export_adapter(arguments.checkpoint, arguments.output)
         print(f"adapter in {arguments.output}")
+        print(seg_rate_line(arguments.checkpoint))
         return 0
     named = read_json(arguments.checkpoint / "adapter_config.json").get("base_model_name_or_path")
     base = published.resolve(arguments.model_path or named)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(arguments.dtype)
-    written = exporting.export(base, arguments.checkpoint, arguments.output, dtype)
+    written = exporting.export(base, arguments.checkpoint, arguments.output, dtype, tell=_tell)
     print(f"{written.tensors:,} tensors, {', '.join(written.dtypes)}, {written.bytes:,} bytes in {arguments.output}")
     print(f"  {written.merged:,} with LoRA merged, {written.replaced:,} replaced by trained ones, read back in order")
+    if written.left_out:
+        print(f"  left out: {', '.join(written.left_out)}: not read, so not merged")
+    print(seg_rate_line(arguments.checkpoint))
     if arguments.validate:
         from sft.train import validate_directory
 
         before, after = validate_directory(arguments.checkpoint, arguments.output)
         print(f"validation Dice {before:.4f} in the run, {after:.4f} of the merged model ({after - before:+.4f})")
     return 0
+
+
+def seg_rate_line(checkpoint_directory: Path) -> str:
+    """The [SEG] rate that the run found before and after, for those who go on to generate freely."""
+    from sft import checkpoint, provenance
+
+    what = "[SEG] rate (how often the model, asked freely, arrives at [SEG])"
+    run_directory = checkpoint_directory.resolve().parent
+    try:
+        checkpoint.check_complete(checkpoint_directory)
+        epoch = checkpoint.read_progress(checkpoint_directory).epoch
+        rates = provenance.seg_rates(run_directory)
+        samples = provenance.settings_of_run(run_directory).seg_rate_samples
+    except UserError as error:
+        return f"{what}: not known: {error}"
+    if not rates:
+        return f"{what}: not measured by this run (seg_rate_samples {samples})"
+    before, after = (f"{rates[one]:.2f}" if one in rates else "not measured" for one in (0, epoch))
+    return f"{what}: base {before}, epoch {epoch} {after}, on up to {samples} validation images"
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

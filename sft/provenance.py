@@ -67,6 +67,12 @@ def validated_dice(directory: Path, epoch: int) -> float:
     return found[0]
 
 
+def seg_rates(directory: Path) -> dict[int, float]:
+    """Epoch -> the [SEG] rate in a run's log; 0 is the base. Empty where the run did not measure it."""
+    rows = _read(directory / "training_log.json")
+    return {row["epoch"]: row["seg_rate"] for row in rows if row["kind"] == "val" and "seg_rate" in row}
+
+
 def _read(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))

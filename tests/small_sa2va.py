@@ -16,7 +16,13 @@ from sft.model.tiny import TINY_CONFIG, build_tokenizer
 QUESTION = "Please segment the blood vessels in this image."
 LONGER = "Could you please segment the thin dark vessels in the left part of the image?"
 MASK_PX = 32  # side of the mask decoder's grid
-LANGUAGE_MODELS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
+LANGUAGE_MODELS = (
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "LlamaForCausalLM",
+    "InternLM2ForCausalLM",
+    "Phi3ForCausalLM",
+)
 
 _SAM2 = {
     "vision_config": {

@@ -33,6 +33,7 @@ OWNERS = {
     "peft": ("sft/model/lora.py",),
     "transformers": ("sft/model/",),
     "tokenizers": ("sft/model/",),
+    "sentencepiece": ("sft/model/internlm2_tokenizer.py",),
     "accelerate": ("sft/model/",),
     "tqdm": ("sft/report/",),
     "tensorboard": ("sft/report/",),

@@ -7,7 +7,7 @@ import torch
 from published_names import SAM2
 from transformers import Sam2Model
 
-from sft.model import key_map, published
+from sft.model import internlm2, key_map, published
 
 IMAGE_NAMES = published_names.expand(published_names.IMAGE_PATTERNS)
 VIDEO_NAMES = published_names.expand(published_names.VIDEO_PATTERNS)
@@ -132,12 +132,13 @@ def test_tensors_that_differ_in_shape():
 
 def test_every_tensor_of_a_model_makes_the_round_trip():
     for architecture in small.LANGUAGE_MODELS:
-        state = small.build(small.config(architecture)).state_dict()
-        written = key_map.to_published(state)
+        model = small.build(small.config(architecture))
+        state, heads = model.state_dict(), internlm2.heads_of(model.language_model.config)
+        written = key_map.to_published(state, heads)
         assert f"{SAM2}sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix" in written
         read: dict[str, torch.Tensor] = {}
         for name, tensor in written.items():
-            read |= key_map.to_native(name, tensor)
+            read |= key_map.to_native(name, tensor, heads)
         rows = {name: read.pop(name) for name in list(read) if "[" in name}
         read |= key_map.join_rows(rows)
         assert set(read) == set(state)

@@ -204,7 +204,7 @@ def spoil(model: Path, name: str) -> None:
     config = json.loads((model / "config.json").read_text())
     match name:
         case "another architecture":
-            config["llm_config"]["architectures"] = ["InternLM2ForCausalLM"]
+            config["llm_config"]["architectures"] = ["GemmaForCausalLM"]
         case "the other family":
             del config["vision_config"]
         case "another model":
@@ -221,7 +221,7 @@ def spoil(model: Path, name: str) -> None:
 
 
 SPOILED = {
-    "another architecture": "language model InternLM2ForCausalLM is not supported yet; supported: Qwen2",
+    "another architecture": "language model GemmaForCausalLM is not supported yet; supported: Qwen2",
     "the other family": "architecture .* is not supported yet; supported: Sa2VAChatModel",
     "another model": "model_type is 'llava', expected 'sa2va_chat'",
     "another shape": r"of another shape \(language_model.* in the file, .* by config.json",

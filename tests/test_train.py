@@ -705,7 +705,7 @@ def without_tensors(model):
 
 def of_another_family(model):
     config = json.loads((model / "config.json").read_text())
-    config["llm_config"]["architectures"] = ["InternLM2ForCausalLM"]
+    config["llm_config"]["architectures"] = ["GemmaForCausalLM"]
     (model / "config.json").write_text(json.dumps(config))
 
 
@@ -717,7 +717,7 @@ def spoiled_mask(folder):
 
 MISTAKES = {
     "missing tensors": (lambda i, f: broken_model(i, f, without_tensors), r"missing \(.*text_hidden_fcs"),
-    "unsupported": (lambda i, f: broken_model(i, f, of_another_family), "InternLM2ForCausalLM is not supported yet"),
+    "unsupported": (lambda i, f: broken_model(i, f, of_another_family), "GemmaForCausalLM is not supported yet"),
     "unreadable mask": (lambda i, f: spoiled_mask(f), r"1 error.*v3\.png"),
     "no such target": (lambda i, f: {"lora_target_modules": ("wqkv",)}, "wqkv is no linear layer"),
     "deepspeed key": (

@@ -5,7 +5,10 @@ shard, so that memory holds one tensor at a time and no model is built. Does not
 """
 
 import json
+import math
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,10 @@ from sft.model.lora import ADAPTER_CONFIG, read_adapter
 from sft.model.weights import FILE, INDEX, read_json, weight_files
 
 _PREFIX = "base_model.model."
+# Weights beside those that are merged, in whatever format, and what download tools leave.
+_NOT_CARRIED = re.compile(
+    r"\.git|\.cache|.*\.safetensors(\.index\.json)?|(pytorch_model|tf_model|flax_model).*|.*\.gguf"
+)
 
 
 @dataclass(frozen=True)
@@ -32,30 +39,48 @@ class Exported:
     """Tensors of modules trained whole."""
     bytes: int
     dtypes: tuple[str, ...]
+    left_out: tuple[str, ...]
+    """Weights in other files of the base, which would stay without the adapter, and its .git and .cache."""
 
 
-def export(base: Path, checkpoint: Path, output: Path, dtype: torch.dtype | None = None) -> Exported:
+def export(
+    base: Path,
+    checkpoint: Path,
+    output: Path,
+    dtype: torch.dtype | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Exported:
     """Merges an adapter into a published directory and writes the result complete or not at all.
+
+    Files of the base that are links, as in Hugging Face's cache, become files.
 
     Args:
         base: the published directory the adapter was trained on.
         checkpoint: holds adapter_config.json and the adapter's weights.
         output: must not exist yet.
         dtype: of all floating-point weights; None keeps each tensor's own.
+        tell: gets a line when a shard is written.
 
     Raises:
-        UserError: output exists, or the adapter names a tensor that the base lacks or shapes differently.
+        UserError: output exists or lies inside base or checkpoint, too little space, or the adapter names a tensor
+            that the base lacks or shapes differently.
     """
-    if output.exists():
-        raise UserError(f"output {output}: exists already; give a folder that does not")
+    _check_place(output, base, checkpoint)
     change = _Change(checkpoint)
+    shards = weight_files(base)
+    others, left_out = _other_files(base, {shard.name for shard in shards})
+    _check_space(output, shards, others, dtype)
     work = output.with_name(output.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
-        shards = weight_files(base)
-        _copy_the_rest(base, work, {shard.name for shard in shards})
-        written = [_write_shard(shard, work / shard.name, change, dtype) for shard in shards]
+        for path in others:
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, work / path.name)
+        written = []
+        for number, shard in enumerate(shards, start=1):
+            written.append(_write_shard(shard, work / shard.name, change, dtype))
+            names, size = written[-1]
+            tell(f"{shard.name}: {len(names):,} tensors, {size / 1e9:.2f} GB ({number} of {len(shards)})")
         change.check_all_used(base)
         _update_index(work, sum(size for _, size in written))
         _check_readable(work, shards)
@@ -64,17 +89,17 @@ def export(base: Path, checkpoint: Path, output: Path, dtype: torch.dtype | None
         shutil.rmtree(work, ignore_errors=True)
     names = [name for shard_names, _ in written for name in shard_names]
     kinds = tuple(sorted({str(kind).removeprefix("torch.") for kind in change.dtypes}))
-    return Exported(len(names), len(change.pairs), len(change.whole), sum(size for _, size in written), kinds)
+    size = sum(size for _, size in written)
+    return Exported(len(names), len(change.pairs), len(change.whole), size, kinds, left_out)
 
 
 def export_adapter(checkpoint: Path, output: Path) -> None:
     """Copies a checkpoint without its training state: what peft needs on the original model, and the tokenizer.
 
     Raises:
-        UserError: output exists, or the checkpoint holds no adapter.
+        UserError: output exists or lies inside the checkpoint, or the checkpoint holds no adapter.
     """
-    if output.exists():
-        raise UserError(f"output {output}: exists already; give a folder that does not")
+    _check_place(output, checkpoint, checkpoint)
     read_adapter(checkpoint)
     shutil.copytree(checkpoint, output, ignore=shutil.ignore_patterns("training_state.pt", "checkpoint.json"))
 
@@ -85,7 +110,13 @@ class _Change:
     def __init__(self, checkpoint: Path):
         config = read_json(checkpoint / ADAPTER_CONFIG)
         self.checkpoint = checkpoint
-        self.scale = config["lora_alpha"] / config["r"]
+        self.settings = config
+        other = [name for name in ("use_rslora", "use_dora") if config.get(name)]
+        if other:
+            raise UserError(
+                f"{checkpoint / ADAPTER_CONFIG}: {other[0]} is set, which no run of this program does; "
+                "give a checkpoint of a run, or merge with peft"
+            )
         self.pairs: dict[str, dict[str, Tensor]] = {}
         self.whole: dict[str, Tensor] = {}
         self.dtypes: set[torch.dtype] = set()
@@ -107,7 +138,7 @@ class _Change:
         if name not in self.pairs:
             return tensor
         pair = self.pairs[name]
-        update = self.scale * (pair["B"].float() @ pair["A"].float())
+        update = self._scale(name, len(pair["A"])) * (pair["B"].float() @ pair["A"].float())
         self._check(name, update.shape, tensor.shape)
         return (tensor.float() + update).to(tensor.dtype)
 
@@ -119,6 +150,13 @@ class _Change:
                 "give the base it was trained on as --model_path"
             )
 
+    def _scale(self, name: str, rank: int) -> float:
+        """alpha / rank of one linear, as peft takes them."""
+        path = name.removesuffix(".weight")
+        alphas = self.settings.get("alpha_pattern") or {}
+        found = (alpha for pattern, alpha in alphas.items() if re.fullmatch(rf"(.*\.)?({pattern})", path))
+        return next(found, self.settings["lora_alpha"]) / rank
+
     def _check(self, name: str, ours: torch.Size, theirs: torch.Size) -> None:
         if ours != theirs:
             raise UserError(
@@ -127,14 +165,49 @@ class _Change:
             )
 
 
-def _copy_the_rest(base: Path, work: Path, weights: set[str]) -> None:
-    for path in sorted(base.iterdir()):
-        if path.name in weights:
-            continue
-        if path.is_dir():
-            shutil.copytree(path, work / path.name)
-        else:
-            shutil.copyfile(path, work / path.name)
+def _check_place(output: Path, base: Path, checkpoint: Path) -> None:
+    for kind, folder in (("base", base), ("checkpoint", checkpoint)):
+        if output.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"output {output}: is the {kind} {folder} or lies in it; give a folder outside")
+    if output.exists():
+        raise UserError(f"output {output}: exists already; give a folder that does not")
+
+
+def _other_files(base: Path, weights: set[str]) -> tuple[list[Path], tuple[str, ...]]:
+    """What is carried over besides the weights, and the names of what is not: old weights would be unmerged ones."""
+    found = [path for path in sorted(base.iterdir()) if path.name not in weights]
+    dangling = [path.name for path in found if not path.exists()]
+    if dangling:
+        raise UserError(f"{base}: {', '.join(dangling)} link to nothing; download the model again")
+    left_out = [path for path in found if _NOT_CARRIED.fullmatch(path.name) and path.name != INDEX]
+    return [path for path in found if path not in left_out], tuple(path.name for path in left_out)
+
+
+def _check_space(output: Path, shards: list[Path], others: list[Path], dtype: torch.dtype | None) -> None:
+    """Before anything is written: the weights in their new dtype and the other files must fit on the disk."""
+    files = [file for path in others for file in ((path, *path.rglob("*")) if path.is_dir() else (path,))]
+    needed = sum(file.stat().st_size for file in files if file.is_file())
+    needed += sum(_bytes_of(shard, dtype) for shard in shards)
+    existing = next(path for path in output.absolute().parents if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"output {output}: needs {needed / 2**30:.2f} GiB, but {existing} has {free / 2**30:.2f} GiB free; "
+            "free some space or give another --output"
+        )
+
+
+def _bytes_of(shard: Path, dtype: torch.dtype | None) -> int:
+    """Of a shard when its floating-point tensors have this dtype, by its header alone."""
+    total = 0
+    with safe_open(shard, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118 - an open shard is no mapping
+            part = opened.get_slice(name)
+            kind = part.get_dtype()  # F32, BF16, F8_E4M3, I64, BOOL
+            bits = int(re.search(r"\d+", kind)[0]) if kind != "BOOL" else 8
+            width = dtype.itemsize if dtype is not None and kind.startswith(("F", "BF")) else bits // 8
+            total += math.prod(part.get_shape()) * width
+    return total
 
 
 def _write_shard(source: Path, target: Path, change: _Change, dtype: torch.dtype | None) -> tuple[list[str], int]:

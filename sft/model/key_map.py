@@ -1,8 +1,9 @@
 """Published tensor names <-> native module paths, in both directions.
 
 Takes and gives names and tensors, no files. The published model keeps its own InternViT and SAM2; here transformers'
-modules stand in their place, so names differ inside `vision_model` and `grounding_encoder.sam2_model` and nowhere else.
-Three tensors differ in shape as well: InternViT's fused qkv, SAM2's four point embeddings, SAM2's gaussian matrix.
+modules stand in their place, so names differ inside `vision_model` and `grounding_encoder.sam2_model` and nowhere else,
+but for an InternLM2 language model, whose `heads` are given then (internlm2.py). Three tensors differ in shape as well:
+InternViT's fused qkv, SAM2's four point embeddings, SAM2's gaussian matrix.
 """
 
 import re
@@ -10,7 +11,11 @@ import re
 import torch
 from torch import Tensor
 
+from sft.model import internlm2
+from sft.model.internlm2 import Heads
+
 SAM2 = "grounding_encoder.sam2_model."
+_LANGUAGE = "language_model."
 _GAUSSIAN_PUBLISHED = f"{SAM2}sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 _GAUSSIAN_NATIVE = (
     f"{SAM2}shared_image_embedding.positional_embedding",
@@ -72,23 +77,29 @@ _MLP_LAYERS = ((".mlp.layers.0.", ".mlp.proj_in."), (".mlp.layers.1.", ".mlp.pro
 _NECK = re.compile(r"(\.neck\.convs\.\d+)\.(conv\.)?")
 
 
-def native_name(name: str) -> str:
+def native_name(name: str, heads: Heads | None = None) -> str:
     """Native path of a published tensor or module name whose shape is the same in both."""
+    if heads and name.startswith(_LANGUAGE):
+        return internlm2.native_name(name)
     return _rename(name, published=True)
 
 
-def published_name(name: str) -> str:
+def published_name(name: str, heads: Heads | None = None) -> str:
     """Published path of a native tensor or module name whose shape is the same in both."""
+    if heads and name.startswith(_LANGUAGE):
+        return internlm2.published_name(name)
     return _rename(name, published=False)
 
 
-def to_native(name: str, tensor: Tensor) -> dict[str, Tensor]:
+def to_native(name: str, tensor: Tensor, heads: Heads | None = None) -> dict[str, Tensor]:
     """One published tensor -> the native tensors it fills: none for video memory, several where it is split.
 
     SAM2's point embeddings 0..3 each give one row, named `<native>[i]`; `join_rows` puts them together.
     """
     if VIDEO_ONLY.match(name):
         return {}
+    if heads and name.startswith(_LANGUAGE):
+        return internlm2.to_native(name, tensor, heads)
     if fused := _QKV_PUBLISHED.match(name):
         layer, kind = fused.groups()
         prefix = f"vision_model.encoder.layer.{layer}.attention."
@@ -107,9 +118,13 @@ def join_rows(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return {_POINT_NATIVE: torch.cat([rows[name] for name in sorted(rows)])} if rows else {}
 
 
-def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_published(state: dict[str, Tensor], heads: Heads | None = None) -> dict[str, Tensor]:
     """A whole native state dict -> published names and shapes (video memory stays absent)."""
     published: dict[str, Tensor] = {}
+    if heads:
+        language = {name: tensor for name, tensor in state.items() if name.startswith(_LANGUAGE)}
+        published = internlm2.to_published(language, heads)
+        state = {name: tensor for name, tensor in state.items() if name not in language}
     for name, tensor in state.items():
         if split := _QKV.match(name):
             prefix, which, kind = split.groups()

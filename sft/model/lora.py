@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sft.config import TrainConfig, UserError
-from sft.model import key_map, published
+from sft.model import internlm2, key_map, phi3, published
 from sft.model.sa2va import Sa2VA
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -60,6 +60,8 @@ def describe(peft_model: PeftModel, config: TrainConfig) -> list[str]:
         kinds = Counter(name.rsplit(".", 1)[-1] for name in names)
         listed = ", ".join(f"{kind} x{count}" for kind, count in sorted(kinds.items()))
         lines.append(f"LoRA on {scope}: {len(names)} linears ({listed})")
+        if scope == "language_model":
+            lines += _language_note(peft_model.get_base_model(), config)
     for module in config.train_modules:
         lines.append(f"Trained whole: {module}")
     trainable, total = peft_model.get_nb_trainable_parameters()
@@ -101,13 +103,17 @@ def save_adapter(directory: Path, peft_model: PeftModel, trainable: dict[str, Te
         save_format: "safetensors" or "bin".
     """
     state = get_peft_model_state_dict(peft_model, state_dict=trainable, save_embedding_layers=False)
-    published = {_rename(name, key_map.published_name): tensor.contiguous() for name, tensor in state.items()}
-    assert len(published) == len(trainable), "two parameters share one published name"
+    assert len(state) == len(trainable), "peft dropped parameters"
+    heads = internlm2.heads_of(peft_model.get_base_model().language_model.config)
+    state = internlm2.fuse_adapter(state, heads) if heads else state
+    published = {_rename(name, key_map.published_name, heads): tensor.contiguous() for name, tensor in state.items()}
+    assert len(published) == len(state), "two parameters share one published name"
     if save_format == "bin":
         torch.save(published, directory / ADAPTER_BIN)
     else:
         save_file(published, directory / ADAPTER_SAFETENSORS, metadata={"format": "pt"})
     settings = peft_model.peft_config["default"].to_dict()
+    settings = internlm2.adapter_settings(settings) if heads else settings
     settings["target_modules"] = _published_pattern(settings["target_modules"])
     settings["modules_to_save"] = [key_map.published_name(name) for name in settings["modules_to_save"] or []] or None
     settings["inference_mode"] = True
@@ -122,7 +128,11 @@ def load_adapter(peft_model: PeftModel, directory: Path) -> None:
         UserError: no adapter there, or its tensors are not exactly those the settings ask for.
     """
     published = read_adapter(directory)
-    native = {_rename(name, key_map.native_name): tensor for name, tensor in published.items()}
+    heads = internlm2.heads_of(peft_model.get_base_model().language_model.config)
+    native = {_rename(name, key_map.native_name, heads): tensor for name, tensor in published.items()}
+    if heads:
+        targets = {name.rsplit(".", 1)[-1] for name in _lora_layers(peft_model) if name.startswith("language_model.")}
+        native = internlm2.split_adapter(native, targets, heads, directory)
     trainable = {name: parameter for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
     expected = get_peft_model_state_dict(peft_model, state_dict=trainable, save_embedding_layers=False)
     missing, left_over = sorted(set(expected) - set(native)), sorted(set(native) - set(expected))
@@ -159,8 +169,9 @@ def _scope_pattern(model: Sa2VA, scope: str, config: TrainConfig) -> str:
     root = re.escape(_scope_root(scope))
     match scope:
         case "language_model":
-            pattern = rf"{root}model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(config.lora_target_modules)})"
-            _check_targets(model, root, config.lora_target_modules)
+            targets = _language_targets(model, config)
+            pattern = rf"{root}model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(targets)})"
+            _check_targets(model, root, targets)
         case "mask_decoder":
             pattern = rf"{root}transformer\..*\.(q_proj|k_proj|v_proj|o_proj|proj_in|proj_out)"
         case "sam2_encoder":
@@ -169,6 +180,12 @@ def _scope_pattern(model: Sa2VA, scope: str, config: TrainConfig) -> str:
             raise ValueError(f"lora_scope {scope!r}: choose language_model, mask_decoder or sam2_encoder")
     assert any(re.fullmatch(pattern, name) for name, _ in model.named_modules()), f"{scope}: {pattern} matches nothing"
     return pattern
+
+
+def _language_targets(model: Sa2VA, config: TrainConfig) -> tuple[str, ...]:
+    """`lora_target_modules` as this language model's own names."""
+    is_phi3 = model.language_model.config.architectures == [phi3.ARCHITECTURE]
+    return phi3.lora_targets(config.lora_target_modules) if is_phi3 else config.lora_target_modules
 
 
 def _check_targets(model: Sa2VA, root: str, targets: tuple[str, ...]) -> None:
@@ -183,6 +200,16 @@ def _check_targets(model: Sa2VA, root: str, targets: tuple[str, ...]) -> None:
             f"lora_target_modules: {', '.join(unknown)} is no linear layer of this language model; "
             f"it has {', '.join(sorted(found))}"
         )
+
+
+def _language_note(model: Sa2VA, config: TrainConfig) -> list[str]:
+    """A line where what trains or is saved has other names than lora_target_modules."""
+    wanted, targets = config.lora_target_modules, _language_targets(model, config)
+    if targets != wanted:
+        return [f"  lora_target_modules {', '.join(wanted)} are {', '.join(targets)} in this language model"]
+    if internlm2.heads_of(model.language_model.config):
+        return ["  saved in InternLM2's own terms: q_proj, k_proj and v_proj as one LoRA of attention.wqkv, exactly"]
+    return []
 
 
 # The native linears of SAM2 and what the published model calls them, as fragments of the target pattern.
@@ -208,11 +235,11 @@ def _lora_layers(peft_model: PeftModel) -> list[str]:
     ]
 
 
-def _rename(name: str, rename) -> str:
+def _rename(name: str, rename, heads: internlm2.Heads | None) -> str:
     """Renames the module path inside peft's key, leaving peft's prefix and lora suffix."""
     inner = name.removeprefix(_PREFIX)
     path, lora, suffix = inner.partition(".lora_")
-    return _PREFIX + rename(path) + lora + suffix
+    return _PREFIX + rename(path, heads) + lora + suffix
 
 
 @torch.no_grad()

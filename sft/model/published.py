@@ -3,6 +3,7 @@
 A directory is data: nothing in it is run. Gives a native `Sa2VA` and its `Preprocess`; it does not know LoRA.
 """
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from sft.config import UserError
-from sft.model import key_map, weights
+from sft.model import internlm2, key_map, phi3, weights
 from sft.model.preprocess import IMAGE_END, IMAGE_START, IMAGE_TOKEN, SEG_TOKEN, TEMPLATES, Preprocess, Template
 from sft.model.sa2va import Sa2VA, Sa2VASettings
 
@@ -161,7 +162,8 @@ def save(
     state = dict(model.state_dict())
     if model.language_model.config.tie_word_embeddings:
         state.pop("language_model.lm_head.weight", None)
-    published = {name: tensor.to(dtype).contiguous().clone() for name, tensor in key_map.to_published(state).items()}
+    state = key_map.to_published(state, internlm2.heads_of(model.language_model.config))
+    published = {name: tensor.to(dtype).contiguous().clone() for name, tensor in state.items()}
     save_file(published, directory / weights.FILE, metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(directory)
@@ -200,11 +202,17 @@ def _language_config(published: dict, file: Path) -> PreTrainedConfig:
                 return Qwen3Config(**settings)
             case "LlamaForCausalLM":
                 return LlamaConfig(**settings)
+            case "InternLM2ForCausalLM":
+                return internlm2.language_config(published, file)
+            case "Phi3ForCausalLM":
+                return phi3.language_config(published, file)
+    except UserError:
+        raise
     except _REFUSED as error:
         raise UserError(f"{file}: llm_config is not valid ({_one_line(error)}); check the download") from error
     raise UserError(
         f"{file}: language model {architecture} is not supported yet; "
-        "supported: Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM"
+        "supported: Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM, InternLM2ForCausalLM, Phi3ForCausalLM"
     )
 
 
@@ -214,26 +222,33 @@ def _sam2_config(config: dict) -> Sam2Config:
 
 def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The concrete tokenizer class: AutoTokenizer would ask on the terminal whether to run the directory's code."""
-    from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+
+    from sft.model import internlm2_tokenizer, llama_tokenizer
 
     file = directory / "tokenizer_config.json"
     if not file.is_file():
         raise UserError(f"{file}: no such file; copy the published model's tokenizer files there")
-    name = weights.read_json(file).get("tokenizer_class") or ""
+    settings = weights.read_json(file)
+    name = settings.get("tokenizer_class") or ""
     match name.removesuffix("Fast"):
         case "Qwen2Tokenizer":
-            kind = Qwen2Tokenizer
+            read = Qwen2Tokenizer.from_pretrained
         case "LlamaTokenizer":
-            kind = LlamaTokenizer
+            read = functools.partial(llama_tokenizer.read, settings=settings)
         case "PreTrainedTokenizer" | "TokenizersBackend":
-            kind = PreTrainedTokenizerFast
+            read = PreTrainedTokenizerFast.from_pretrained
+        case "InternLM2Tokenizer":
+            read = functools.partial(internlm2_tokenizer.read, settings=settings)
         case _:
             raise UserError(
                 f"{file}: tokenizer_class {name!r} is not supported yet; supported: Qwen2Tokenizer, LlamaTokenizer, "
-                "PreTrainedTokenizerFast"
+                "InternLM2Tokenizer, PreTrainedTokenizerFast"
             )
     try:
-        return kind.from_pretrained(directory)
+        return read(directory)
+    except UserError:
+        raise
     except Exception as error:  # the tokenizers package raises bare Exception on a broken file
         raise UserError(
             f"{directory}: its {name} cannot be read ({_one_line(error)}); copy the published tokenizer files again"

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sft.config import UserError
-from sft.model import key_map
+from sft.model import internlm2, key_map
 from sft.model.sa2va import Sa2VA
 
 INDEX, FILE = "model.safetensors.index.json", "model.safetensors"
@@ -30,6 +30,7 @@ def fill(model: Sa2VA, directory: Path, dtype: torch.dtype, device: torch.device
         UserError: no weights, a shard missing or unreadable; tensors missing, left over or of another shape, listed.
     """
     wanted = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+    heads = internlm2.heads_of(model.language_model.config)
     tied = model.language_model.config.tie_word_embeddings
     if tied:
         wanted.pop("language_model.lm_head.weight", None)
@@ -40,23 +41,23 @@ def fill(model: Sa2VA, directory: Path, dtype: torch.dtype, device: torch.device
         if "[" in name:
             rows[name] = tensor
         elif name not in wanted:
-            left_over.append(key_map.published_name(name))
+            left_over.append(key_map.published_name(name, heads))
         elif wanted[name].shape != tensor.shape:
             expected = list(wanted.pop(name).shape)
             shapes = f"{list(tensor.shape)} in the file, {expected} by config.json"
-            misshapen.append(f"{key_map.published_name(name)}: {shapes}")
+            misshapen.append(f"{key_map.published_name(name, heads)}: {shapes}")
         else:
             _assign(model, name, tensor.to(device=device, dtype=dtype))
             del wanted[name]
 
     for published, tensor in _tensors(directory):
-        if tied and published == "language_model.lm_head.weight":
+        if tied and key_map.native_name(published, heads) == "language_model.lm_head.weight":
             continue  # from_pretrained ties it to the embeddings whatever the file holds
-        for name, part in key_map.to_native(published, tensor).items():
+        for name, part in key_map.to_native(published, tensor, heads).items():
             place(name, part)
     for name, whole in key_map.join_rows(rows).items():
         place(name, whole)
-    missing = sorted({key_map.published_name(name) for name in wanted})
+    missing = sorted({key_map.published_name(name, heads) for name in wanted})
     _report_mismatch(directory, missing, left_over, misshapen)
     if tied:
         model.language_model.tie_weights()

@@ -56,7 +56,8 @@ def describe(peft_model: PeftModel, config: TrainConfig) -> list[str]:
     """What LoRA matched and what trains, one line each, for the log."""
     lines = []
     for scope in config.lora_scope:
-        names = [name for name in _lora_layers(peft_model) if name.startswith(_scope_root(scope))]
+        root = _scope_root(peft_model.get_base_model(), scope)
+        names = [name for name in _lora_layers(peft_model) if name.startswith(root)]
         kinds = Counter(name.rsplit(".", 1)[-1] for name in names)
         listed = ", ".join(f"{kind} x{count}" for kind, count in sorted(kinds.items()))
         lines.append(f"LoRA on {scope}: {len(names)} linears ({listed})")
@@ -150,16 +151,17 @@ def read_adapter(directory: Path) -> dict[str, Tensor]:
         raise UserError(f"{file}: unreadable adapter ({reason}); give another checkpoint directory") from error
 
 
-def _scope_root(scope: str) -> str:
-    return {"language_model": "language_model.", "mask_decoder": f"{_DECODER}.", "sam2_encoder": f"{_ENCODER}."}[scope]
+def _scope_root(model: Sa2VA, scope: str) -> str:
+    paths = {"language_model": model.decoder_path, "mask_decoder": _DECODER, "sam2_encoder": _ENCODER}
+    return paths[scope] + "."
 
 
 def _scope_pattern(model: Sa2VA, scope: str, config: TrainConfig) -> str:
     """A regular expression for the scope's linears; bare suffixes would also match inside SAM2 and vision towers."""
-    root = re.escape(_scope_root(scope))
+    root = re.escape(_scope_root(model, scope))
     match scope:
         case "language_model":
-            pattern = rf"{root}model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(config.lora_target_modules)})"
+            pattern = rf"{root}layers\.\d+\.(self_attn|mlp)\.({'|'.join(config.lora_target_modules)})"
             _check_targets(model, root, config.lora_target_modules)
         case "mask_decoder":
             pattern = rf"{root}transformer\..*\.(q_proj|k_proj|v_proj|o_proj|proj_in|proj_out)"
@@ -175,7 +177,7 @@ def _check_targets(model: Sa2VA, root: str, targets: tuple[str, ...]) -> None:
     found = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and re.match(root + r"model\.layers\.", name)
+        if isinstance(module, nn.Linear) and re.match(root + r"layers\.", name)
     }
     unknown = [target for target in targets if target not in found]
     if unknown:

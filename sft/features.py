@@ -4,7 +4,7 @@ Takes pairs (and which flip or turn of them), gives `Batch`es on the device. The
 `Features.batches`; behind it stand reading, preprocessing, the encoders and the memory that keeps their outputs.
 Vision tokens depend on the image alone, SAM2's features too unless its encoder trains: then its input image is kept.
 
-Shapes: B samples, T tiles over the batch, N tokens per tile, C language model width, H x W pixels.
+Shapes: B samples, H x W pixels.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from torch import Tensor
 from sft.config import TrainConfig, UserError
 from sft.data import Pair, read
 from sft.model.preprocess import Preprocess
-from sft.model.sa2va import Prompt, Sa2VA, Sam2Features
+from sft.model.sa2va import Layout, Prompt, Sa2VA, Sam2Features, VisionFeatures, VisionInput
 
 VIEWS = 8  # the image as it is, its mirror image, and their quarter turns
 READ_AHEAD_BATCHES = 2
@@ -45,7 +45,7 @@ class Batch:
 
     items: tuple[Item, ...]
     prompt: Prompt
-    vision_tokens_TNC: Tensor
+    vision: VisionFeatures
     sam2: Sam2Features | Tensor  # features, or input images (B, 3, H, W) where SAM2's encoder trains
     masks: tuple[Tensor, ...]  # B times bool (H, W), each at its native size
 
@@ -54,7 +54,7 @@ class Batch:
 class _Inputs:
     """What is read from the disk for one item."""
 
-    tiles_T3HW: Tensor
+    vision: VisionInput
     sam2_image_3HW: Tensor
     mask_HW: Tensor
     question: str
@@ -64,13 +64,14 @@ class _Inputs:
 class _Encoded:
     """What is kept of one item: no gradient ever reaches it."""
 
-    vision_tokens_TNC: Tensor
+    vision: VisionFeatures
+    layout: Layout
     sam2: tuple[Tensor, ...]  # level0, level1, embedding, each without the batch dimension; or the one input image
     mask_HW: Tensor
     question: str
 
     def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.vision_tokens_TNC, *self.sam2, self.mask_HW))
+        return self.vision.nbytes + sum(tensor.nbytes for tensor in (*self.sam2, self.mask_HW))
 
 
 class Features:
@@ -137,7 +138,10 @@ class Features:
         It keeps slices of all parameters of a model and makes them whole inside the engine's forward alone. But the
         encoders run outside of it, and on some ranks only: they have to stay whole on every rank.
         """
-        sam2, parts = self._model.sam2, [(self._model, "vision_model"), (self._model, "mlp1")]
+        sam2, parts = self._model.sam2, []
+        for path in self._model.vision_paths:
+            owner, _, name = path.rpartition(".")
+            parts.append((self._model.get_submodule(owner), name))
         if not self._encoder_trains:
             parts += [(sam2, "vision_encoder"), (sam2, "no_memory_embedding")]
             parts += [(sam2.mask_decoder, name) for name in ("conv_s0", "conv_s1") if self._project]
@@ -155,21 +159,21 @@ class Features:
         image, mask = turned(sample.image_HW3, item.view), turned(sample.mask_HW, item.view)
         question = f"Please segment {sample.phrase} in this image." if sample.phrase else self._config.question
         return _Inputs(
-            self._preprocess.tiles(image), self._preprocess.sam2_image(image), torch.from_numpy(mask), question
+            self._preprocess.vision_input(image), self._preprocess.sam2_image(image), torch.from_numpy(mask), question
         )
 
     @torch.no_grad()
     def _encode(self, inputs: _Inputs) -> _Encoded:
-        tiles = inputs.tiles_T3HW.to(self._device, self._dtype)
         image = inputs.sam2_image_3HW.to(self._device, self._dtype)
-        tokens = self._model.vision_tokens(tiles)
+        vision = self._model.vision_features(inputs.vision.to(self._device, self._dtype))
         if self._encoder_trains:
             kept = (image,)
         else:
             features = self._model.sam2_features(image[None], project=self._project)
             kept = (features.level0_BCHW[0], features.level1_BCHW[0], features.embedding_BDHW[0])
         # Kept in the machine's memory: GPU memory is for the step.
-        return _Encoded(tokens.cpu(), tuple(part.cpu() for part in kept), inputs.mask_HW, inputs.question)
+        sam2 = tuple(part.cpu() for part in kept)
+        return _Encoded(vision.to("cpu"), inputs.vision.layout, sam2, inputs.mask_HW, inputs.question)
 
     def _collate(self, encoded: list[_Encoded], items: tuple[Item, ...]) -> Batch:
         def together(parts: list[Tensor]) -> Tensor:
@@ -177,16 +181,15 @@ class Features:
 
         prompt = self._preprocess.prompt(
             [one.question for one in encoded],
-            [len(one.vision_tokens_TNC) for one in encoded],
+            [one.layout for one in encoded],
             with_labels=self._config.text_weight > 0,
         )
         self.longest_prompt_tokens = max(self.longest_prompt_tokens, prompt.input_ids_BL.shape[1])
-        labels = None if prompt.labels_BL is None else prompt.labels_BL.to(self._device)
         sam2 = [together(list(parts)) for parts in zip(*(one.sam2 for one in encoded), strict=True)]
         return Batch(
             items,
-            Prompt(prompt.input_ids_BL.to(self._device), prompt.seg_position_B.to(self._device), labels),
-            torch.cat([one.vision_tokens_TNC for one in encoded]).to(self._device, non_blocking=True),
+            prompt.to(self._device),
+            VisionFeatures.join([one.vision for one in encoded]).to(self._device, non_blocking=True),
             sam2[0] if self._encoder_trains else Sam2Features(*sam2, projected=self._project),
             tuple(one.mask_HW.to(self._device, non_blocking=True) for one in encoded),
         )

@@ -17,8 +17,9 @@ from torch.nn import functional
 
 from sft import synthetic
 from sft.metrics import counts, summarize
-from sft.model.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from sft.model.sa2va import Sa2VA, Sam2Features, upsample
+from sft.model.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessInternVL
+from sft.model.sa2va import Sam2Features, VisionFeatures, upsample
+from sft.model.sa2va_internvl import Sa2VAInternVL
 
 QUESTIONS = (
     "Please segment {} in this image.",
@@ -60,7 +61,7 @@ def render(seeds: Sequence[int], device: torch.device, workers: int = 0) -> Scen
 
 
 @torch.no_grad()
-def evaluate(model: Sa2VA, preprocess: Preprocess, scenes: Scenes) -> dict:
+def evaluate(model: Sa2VAInternVL, preprocess: PreprocessInternVL, scenes: Scenes) -> dict:
     """Asks every scene for each phrase it holds.
 
     Returns:
@@ -85,7 +86,7 @@ def evaluate(model: Sa2VA, preprocess: Preprocess, scenes: Scenes) -> dict:
     return {"dice": dice, "mean_dice": float(np.mean(list(dice.values()))), "spread": float(np.mean(spreads))}
 
 
-def encode(model: Sa2VA, images_B3HW: Tensor, tile_px: int) -> tuple[Sam2Features, Tensor]:
+def encode(model: Sa2VAInternVL, images_B3HW: Tensor, tile_px: int) -> tuple[Sam2Features, Tensor]:
     """Both image encoders on images of SAM2's own size, normalised; one tile an image."""
     tiles = functional.interpolate(images_B3HW, size=tile_px, mode="bilinear", antialias=True)
     return model.sam2_features(images_B3HW), model.vision_tokens(tiles)
@@ -98,14 +99,16 @@ def normalise(pixels_B3HW: Tensor) -> Tensor:
     return (pixels_B3HW - mean) / std
 
 
-def _ask(model: Sa2VA, preprocess: Preprocess, image_3HW: Tensor, names: list[str]) -> Tensor:
+def _ask(model: Sa2VAInternVL, preprocess: PreprocessInternVL, image_3HW: Tensor, names: list[str]) -> Tensor:
     """Logits of one image at its own size, one row per phrase."""
     device = image_3HW.device
-    prompt = preprocess.prompt([QUESTIONS[0].format(f"the {name}") for name in names], [1] * len(names))
+    layouts = [preprocess.layout(1)] * len(names)
+    prompt = preprocess.prompt([QUESTIONS[0].format(f"the {name}") for name in names], layouts).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         features, tokens = encode(model, normalise(image_3HW[None].float() / 255), preprocess.tile_px)
-        hidden = model.hidden_states(prompt.input_ids_BL.to(device), tokens.expand(len(names), -1, -1))
-        state = hidden[torch.arange(len(names)), prompt.seg_position_B.to(device)]
+        vision = VisionFeatures(tokens.expand(len(names), -1, -1).flatten(0, 1))
+        hidden = model.hidden_states(prompt, vision).seg_BLC
+        state = hidden[torch.arange(len(names)), prompt.seg_position_B]
         masks = model.decode_masks(model.text_hidden_fcs(state)[None], features)
     return upsample(masks.logits_Bhw, image_3HW.shape[-2:])
 

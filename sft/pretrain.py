@@ -26,8 +26,9 @@ from sft import synthetic
 from sft.gate import HELD_OUT_SEED, NAMES, QUESTIONS, Scenes, encode, evaluate, normalise, render
 from sft.losses import bce_loss, dice_loss
 from sft.model import published
-from sft.model.preprocess import IMAGE_TOKEN, Preprocess
-from sft.model.sa2va import Prompt, Sa2VA, upsample
+from sft.model.preprocess import IMAGE_TOKEN, PreprocessInternVL
+from sft.model.sa2va import Prompt, VisionFeatures, upsample
+from sft.model.sa2va_internvl import Sa2VAInternVL
 from sft.model.tiny import TINY_CONFIG, build_tokenizer
 
 SIDES = {"left tree": "right tree", "right tree": "left tree"}
@@ -88,7 +89,7 @@ def pretrain(directory: Path, settings: Settings, device: torch.device, workers:
     return figures
 
 
-def _initialise(model: Sa2VA) -> None:
+def _initialise(model: Sa2VAInternVL) -> None:
     """1/sqrt(fan_in): transformers' fixed 0.02 starves layers this narrow."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
@@ -107,7 +108,12 @@ def _initialise(model: Sa2VA) -> None:
 
 
 def _train(
-    model: Sa2VA, task_head: nn.Linear, preprocess: Preprocess, scenes: Scenes, held_out: Scenes, settings: Settings
+    model: Sa2VAInternVL,
+    task_head: nn.Linear,
+    preprocess: PreprocessInternVL,
+    scenes: Scenes,
+    held_out: Scenes,
+    settings: Settings,
 ) -> list[dict]:
     """Steps until the time is over; returns the curve, one row every LOG_EVERY_STEPS."""
     parameters = [*model.parameters(), *task_head.parameters()]
@@ -147,7 +153,7 @@ def _optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.opti
 
 
 def _loss(
-    model: Sa2VA,
+    model: Sa2VAInternVL,
     task_head: nn.Linear,
     questions: "_Questions",
     scenes: Scenes,
@@ -161,7 +167,8 @@ def _loss(
     with torch.autocast(images_B3HW.device.type, torch.bfloat16, enabled=images_B3HW.is_cuda):
         features, tokens = encode(model, images_B3HW, questions.tile_px)
         prompt = questions.draw(targets, generator)
-        hidden = model.hidden_states(prompt.input_ids_BL, tokens.repeat_interleave(count, dim=0))
+        vision = VisionFeatures(tokens.repeat_interleave(count, dim=0).flatten(0, 1))
+        hidden = model.hidden_states(prompt, vision).normed_BLC
         state = hidden[torch.arange(batch * count, device=hidden.device), prompt.seg_position_B]
         embedding = model.text_hidden_fcs(state)
         task_loss = functional.cross_entropy(task_head(embedding).float(), targets)
@@ -219,10 +226,10 @@ def _photometric(images: Tensor) -> Tensor:
 class _Questions:
     """Tokenised wordings of every phrase, made once: rows are right-padded to one length."""
 
-    def __init__(self, preprocess: Preprocess, device: torch.device):
+    def __init__(self, preprocess: PreprocessInternVL, device: torch.device):
         self.tile_px = preprocess.tile_px
         texts = [question.format(f"the {name}") for name in NAMES for question in QUESTIONS]
-        prompt = preprocess.prompt(texts, [1] * len(texts), with_labels=True)
+        prompt = preprocess.prompt(texts, [preprocess.layout(1)] * len(texts), with_labels=True)
         self.parts = [part.to(device) for part in (prompt.input_ids_BL, prompt.seg_position_B, prompt.labels_BL)]
 
     def draw(self, phrases: Tensor, generator: torch.Generator) -> Prompt:

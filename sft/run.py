@@ -225,7 +225,7 @@ def _model_size(model, peft_model, loaded_data: data.Loaded) -> ModelSize:
     """The figures of the memory estimate; call before ZeRO-3 takes the parameters apart."""
     named = [(name, p.numel()) for name, p in peft_model.named_parameters() if p.requires_grad]
     lora_parameters = sum(count for name, count in named if ".lora_" in name)
-    language = model.language_model.config
+    language = model.decoder.config
     largest = max((width * height for width, height in loaded_data.findings.summary.sizes), default=512 * 512)
     return ModelSize(
         frozen_parameters=sum(p.numel() for p in peft_model.parameters() if not p.requires_grad),

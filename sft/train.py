@@ -113,7 +113,7 @@ def train_epoch(run: Run, epoch: int) -> None:
 def train_step(run: Run, batch: Batch, watch: Stopwatch) -> dict[str, Tensor]:
     """Forward, loss, backward and (on the last micro-batch of a step) the optimizer; returns the loss terms."""
     with watch.part("forward"):
-        output = run.ds_engine(batch.prompt, batch.vision_tokens_TNC, batch.sam2)
+        output = run.ds_engine(batch.prompt, batch.vision, batch.sam2)
         terms = loss_terms(output.masks, batch, run.config)
         if output.text_loss is not None:
             terms["text"] = output.text_loss
@@ -201,7 +201,7 @@ def validate(run: Run) -> dict:
     plan = [[Item(pair) for pair in val[start : start + config.val_batch_size]] for start in mine]
     pictured: dict[str, Tensor] = {}
     for position, (start, batch) in enumerate(zip(mine, run.features.batches(plan), strict=True)):
-        output = run.ds_engine(batch.prompt, batch.vision_tokens_TNC, batch.sam2)
+        output = run.ds_engine(batch.prompt, batch.vision, batch.sam2)
         if position * ranks.world_size + ranks.rank >= len(starts):
             continue
         for rows, logits_BHW, truth_BHW in _by_size(output.masks, batch):
@@ -227,7 +227,7 @@ def base_masks(run: Run) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     with run.peft_model.disable_adapter():
         for batch in run.features.batches([items]):
-            output = run.ds_engine(batch.prompt, batch.vision_tokens_TNC, batch.sam2)
+            output = run.ds_engine(batch.prompt, batch.vision, batch.sam2)
             for rows, logits_BHW, _ in _by_size(output.masks, batch):
                 found |= _predicted(logits_BHW, batch, rows, run.config)
     engine.settle(run.ds_engine)
@@ -245,11 +245,9 @@ def seg_rate(run: Run) -> float:
     chosen = [val[index * len(val) // count] for index in range(count)]
     arrived = 0
     for batch in run.features.batches([[Item(pair)] for pair in chosen]):
-        question_BL = batch.prompt.input_ids_BL[:, : int(batch.prompt.seg_position_B)]
-        question_BL = question_BL[:, : question_BL.shape[1] - preprocess.answer_ids().index(preprocess.seg_token_id)]
-        answer = run.loaded.model.generate(
-            question_BL, batch.vision_tokens_TNC, preprocess.stop_token_ids, MAX_ANSWER_TOKENS
-        )
+        seg_in_answer = preprocess.answer_ids().index(preprocess.seg_token_id)
+        question = batch.prompt.first(int(batch.prompt.seg_position_B) - seg_in_answer)
+        answer = run.loaded.model.generate(question, batch.vision, preprocess.stop_token_ids, MAX_ANSWER_TOKENS)
         arrived += int((answer == preprocess.seg_token_id).any())
     return arrived / count
 
@@ -279,7 +277,7 @@ def validate_directory(checkpoint_directory: Path, model_directory: Path) -> tup
     plan = [[Item(pair) for pair in val[start : start + config.val_batch_size]] for start in starts]
     counted = []
     for batch in features.batches(plan):
-        output = loaded.model(batch.prompt, batch.vision_tokens_TNC, batch.sam2)
+        output = loaded.model(batch.prompt, batch.vision, batch.sam2)
         for _, logits_BHW, truth_BHW in _by_size(output.masks, batch):
             counted.append(metrics.counts(logits_BHW, truth_BHW, config.threshold).cpu())
     features.close()

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sft.model import published
-from sft.model.preprocess import IMAGE_TOKEN, Preprocess
-from sft.model.sa2va import Sa2VA, Sam2Features
+from sft.model.preprocess import IMAGE_TOKEN, PreprocessInternVL
+from sft.model.sa2va import Layout, Sam2Features, VisionFeatures
+from sft.model.sa2va_internvl import Sa2VAInternVL
 from sft.model.tiny import TINY_CONFIG, build_tokenizer
 
 QUESTION = "Please segment the blood vessels in this image."
@@ -65,7 +65,7 @@ def tokenizer():
     return build_tokenizer(("blood vessels", "thin dark vessels"))
 
 
-def build(settings: dict | None = None, seed: int = 0) -> Sa2VA:
+def build(settings: dict | None = None, seed: int = 0) -> Sa2VAInternVL:
     """Random fp32 weights, large enough that every part counts; the two copies of SAM2's gaussian matrix agree."""
     torch.manual_seed(seed)
     model = published.build(settings or config(), tokenizer().convert_tokens_to_ids(IMAGE_TOKEN), Path("small"))
@@ -78,17 +78,17 @@ def build(settings: dict | None = None, seed: int = 0) -> Sa2VA:
 
 
 @functools.cache
-def model() -> Sa2VA:
+def model() -> Sa2VAInternVL:
     """One that tests only read."""
     return build()
 
 
 @functools.cache
-def preprocess() -> Preprocess:
+def preprocess() -> PreprocessInternVL:
     return published.make_preprocess(config(), tokenizer(), Path("small"))
 
 
-def write(directory: Path, settings: dict | None = None, seed: int = 0, dtype=torch.float32) -> Sa2VA:
+def write(directory: Path, settings: dict | None = None, seed: int = 0, dtype=torch.float32) -> Sa2VAInternVL:
     """Writes a small published directory; returns the model that lies in it."""
     built = build(settings, seed)
     published.save(directory, built, settings or config(), tokenizer(), dtype=dtype)
@@ -101,11 +101,17 @@ def images(count: int, seed: int = 0) -> list[np.ndarray]:
     return [rng.integers(0, 256, (56, 112 if index % 2 else 56, 3), dtype=np.uint8) for index in range(count)]
 
 
-def inputs(of: Sa2VA, count: int = 2, seed: int = 0, *, project: bool = True) -> tuple[Tensor, list[int], Sam2Features]:
-    """Vision tokens of some images, the number of tiles of each, and SAM2 features."""
+def inputs(
+    of: Sa2VAInternVL, count: int = 2, seed: int = 0, *, project: bool = True
+) -> tuple[VisionFeatures, list[Layout], Sam2Features]:
+    """Vision tokens of some images, the layout of each, and SAM2 features."""
     pictures = images(count, seed)
-    tiles = [preprocess().tiles(picture) for picture in pictures]
+    vision = [preprocess().vision_input(picture) for picture in pictures]
     with torch.no_grad():
         sam2_images = torch.stack([preprocess().sam2_image(picture) for picture in pictures])
         features = of.sam2_features(sam2_images, project=project)
-        return of.vision_tokens(torch.cat(tiles)), [len(one) for one in tiles], features
+        return (
+            VisionFeatures.join([of.vision_features(one) for one in vision]),
+            [one.layout for one in vision],
+            features,
+        )

@@ -13,7 +13,7 @@ from sft import card, gate, synthetic
 from sft.metrics import counts, summarize
 from sft.model import published
 from sft.model.preprocess import ANSWER
-from sft.model.sa2va import upsample
+from sft.model.sa2va import VisionFeatures, upsample
 from sft.model.tiny import build_tokenizer
 
 DIRECTORY = published.EMBEDDED
@@ -65,10 +65,11 @@ def test_the_gate_sees_a_base_that_ignores_its_question(base, scenes):
 def test_the_users_way_to_a_mask_is_as_good(base, scenes):
     """Through Preprocess, as in training: the gate resizes tiles in another way."""
     image_HW3 = scenes.images_N3HW[0].permute(1, 2, 0).numpy()
-    tokens = base.model.vision_tokens(base.preprocess.tiles(image_HW3))
+    image = base.preprocess.vision_input(image_HW3)
+    vision = base.model.vision_features(image)
     features = base.model.sam2_features(base.preprocess.sam2_image(image_HW3)[None])
-    prompt = base.preprocess.prompt(["Please segment the blood vessels in this image."], [len(tokens)])
-    logits_1HW = upsample(base.model(prompt, tokens, features).masks.logits_Bhw, image_HW3.shape[:2])
+    prompt = base.preprocess.prompt(["Please segment the blood vessels in this image."], [image.layout])
+    logits_1HW = upsample(base.model(prompt, vision, features).masks.logits_Bhw, image_HW3.shape[:2])
     masks_1HW = scenes.masks(torch.tensor([0]), torch.tensor([[gate.NAMES.index("blood vessels")]]))[0]
     gated = gate.evaluate(base.model, base.preprocess, first(scenes, 1))["dice"]["blood vessels"]
     assert summarize(counts(logits_1HW, masks_1HW))["dice"] == pytest.approx(gated, abs=0.01)
@@ -78,14 +79,18 @@ def test_the_users_way_to_a_mask_is_as_good(base, scenes):
 def test_greedy_decoding_says_the_answer_to_every_question(base, scenes):
     preprocess, model = base.preprocess, base.model
     end = preprocess.stop_token_ids[-1]
-    images = (scenes.images_N3HW[row].permute(1, 2, 0).numpy() for row in (0, 3))
-    tokens = torch.cat([model.vision_tokens(preprocess.tiles(image)) for image in images])
+    pictures = (scenes.images_N3HW[row].permute(1, 2, 0).numpy() for row in (0, 3))
+    images = [preprocess.vision_input(picture) for picture in pictures]
+    vision, layouts = VisionFeatures.join([model.vision_features(image) for image in images]), [(1, 8, 8)] * 2
+    assert [image.layout for image in images] == layouts
     for phrase in gate.NAMES:
         for question in gate.QUESTIONS:
-            ids = torch.tensor([preprocess.question_ids(question.format(f"the {phrase}"), 1)] * 2)
-            for answer in model.generate(ids, tokens, [end], 8).tolist():
+            text = question.format(f"the {phrase}")
+            length = len(preprocess.question_ids(text, layouts[0]))
+            asked = preprocess.prompt([text] * 2, layouts).first(length)
+            for answer in model.generate(asked, vision, [end], 8).tolist():
                 assert answer == preprocess.answer_ids(), (phrase, question)
-    stopped = model.generate(ids, tokens, preprocess.stop_token_ids, 8)  # as validation's seg_rate decodes
+    stopped = model.generate(asked, vision, preprocess.stop_token_ids, 8)  # as validation's seg_rate decodes
     assert stopped[:, -1].tolist() == [preprocess.seg_token_id] * 2
     assert preprocess.tokenizer.decode(preprocess.answer_ids()[:-1]).replace(" ", "") == ANSWER.replace(" ", "")
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from sft.config import TrainConfig, UserError
 from sft.model import lora, published
 from sft.model.export import export, export_adapter
-from sft.model.sa2va import Prompt
+from sft.model.sa2va import Prompt, VisionInput
 
 WHOLE = re.compile(r"text_hidden_fcs\.|grounding_encoder\.sam2_model\.sam_mask_decoder\.")
 EVERYWHERE = {
@@ -59,7 +59,8 @@ def masks_of(model) -> torch.Tensor:
     ids = torch.tensor([[2, 8, 7, *[6] * 64, 20, 25, 194]])
     prompt = Prompt(ids, torch.tensor([ids.shape[1] - 1]))
     with torch.no_grad():
-        return model(prompt, model.vision_tokens(tiles), model.sam2_features(images)).masks.candidate_logits_BKhw
+        vision = model.vision_features(VisionInput(tiles, (1, 8, 8)))
+        return model(prompt, vision, model.sam2_features(images)).masks.candidate_logits_BKhw
 
 
 def test_merged_directory_computes_what_base_and_adapter_compute(trained, exported):

@@ -14,7 +14,7 @@ from sft.config import TrainConfig, UserError
 from sft.data import Pair, read
 from sft.features import VIEWS, Features, Item, turned
 from sft.model import lora, published
-from sft.model.sa2va import Sa2VA
+from sft.model.sa2va_internvl import Sa2VAInternVL
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def pairs(inputs):
 @pytest.fixture
 def made(inputs, monkeypatch):
     """A function that makes Features, and which calls its encoders have had, by name."""
-    calls, opened = {"vision_tokens": 0, "sam2_features": 0}, []
+    calls, opened = {"vision_features": 0, "sam2_features": 0}, []
 
     def counted(name, method):
         def call(self, *arguments, **keywords):
@@ -41,7 +41,7 @@ def made(inputs, monkeypatch):
         return call
 
     for name in calls:
-        monkeypatch.setattr(Sa2VA, name, counted(name, getattr(Sa2VA, name)))
+        monkeypatch.setattr(Sa2VAInternVL, name, counted(name, getattr(Sa2VAInternVL, name)))
 
     def make(**changes):
         config = TrainConfig(precision="fp32", num_workers=0, lora_rank=2, **changes)
@@ -72,7 +72,7 @@ def test_each_image_is_encoded_once_in_a_run(made, pairs):
     features = made()
     for _ in range(3):
         assert len(list(features.batches(plan(pairs, 2)))) == 3
-    assert features.calls == {"vision_tokens": 6, "sam2_features": 6}
+    assert features.calls == {"vision_features": 6, "sam2_features": 6}
 
 
 def test_an_image_that_comes_again_before_it_is_encoded_is_read_and_encoded_once(made, pairs, monkeypatch):
@@ -94,7 +94,7 @@ def test_off_keeps_nothing_and_gives_the_same(made, pairs):
     second = [only(off, [Item(pair) for pair in pairs]) for _ in range(2)]
     assert off.calls["sam2_features"] - calls["sam2_features"] == 2 * len(pairs)
     for batch in (*first, *second):
-        assert torch.equal(batch.vision_tokens_TNC, first[0].vision_tokens_TNC)
+        assert torch.equal(batch.vision.tokens_MC, first[0].vision.tokens_MC)
         assert torch.equal(batch.sam2.embedding_BDHW, first[0].sam2.embedding_BDHW)
         assert all(map(torch.equal, batch.masks, first[0].masks))
     assert off.check_memory(10**9, 10**9, 8) == "Frozen features: computed anew in every step (--feature_cache off)"
@@ -122,12 +122,12 @@ def test_a_batch_is_what_the_encoders_give(made, pairs):
     with torch.no_grad():
         tokens = model.vision_tokens(torch.cat(tiles))
         sam2 = model.sam2_features(torch.stack([preprocess.sam2_image(image) for image in images]))
-    assert [len(one) for one in tiles] == [13, 13] and tokens.shape == batch.vision_tokens_TNC.shape
-    torch.testing.assert_close(batch.vision_tokens_TNC, tokens)
+    assert [len(one) for one in tiles] == [13, 13] and batch.vision.deepstack_KMC is None
+    torch.testing.assert_close(batch.vision.tokens_MC, tokens.flatten(0, 1))
     for name in ("level0_BCHW", "level1_BCHW", "embedding_BDHW"):
         torch.testing.assert_close(getattr(batch.sam2, name), getattr(sam2, name))
     assert batch.sam2.projected and batch.prompt.labels_BL is None
-    assert not any(part.requires_grad for part in (batch.vision_tokens_TNC, batch.sam2.embedding_BDHW))
+    assert not any(part.requires_grad for part in (batch.vision.tokens_MC, batch.sam2.embedding_BDHW))
 
 
 def test_masks_of_one_batch_keep_their_own_sizes(made, pairs):
@@ -143,7 +143,7 @@ def test_prompts_ask_for_the_data_sets_own_phrase_or_the_configured_question(mad
     prompt = only(features, [Item(pairs[0]), Item(named)]).prompt
     preprocess = features.loaded.preprocess
     for row, question in enumerate(("Where is it?", "Please segment thin dark vessels in this image.")):
-        ids = preprocess.question_ids(question, 13)
+        ids = preprocess.question_ids(question, preprocess.layout(13))
         assert prompt.input_ids_BL[row, : len(ids)].tolist() == ids
         assert prompt.input_ids_BL[row, prompt.seg_position_B[row]] == preprocess.seg_token_id
     assert prompt.labels_BL is not None
@@ -161,8 +161,8 @@ def test_a_trained_encoder_gets_images_and_its_lora_gets_gradients(made, pairs):
     features = made(lora_scope=("sam2_encoder",))
     batch = only(features, [Item(pair) for pair in pairs[:2]])
     assert isinstance(batch.sam2, torch.Tensor) and batch.sam2.shape == (2, 3, 128, 128)
-    assert features.calls == {"vision_tokens": 2, "sam2_features": 0}, "vision tokens are still kept"
-    output = features.peft_model(batch.prompt, batch.vision_tokens_TNC, batch.sam2)
+    assert features.calls == {"vision_features": 2, "sam2_features": 0}, "vision tokens are still kept"
+    output = features.peft_model(batch.prompt, batch.vision.tokens_MC, batch.sam2)
     output.masks.logits_Bhw.square().mean().backward()
     assert features.calls["sam2_features"] == 1
     trained = {name: p for name, p in features.peft_model.named_parameters() if p.requires_grad}
@@ -213,8 +213,8 @@ def test_views_are_kept_apart(made, pairs):
     features = made(augment=True)
     views = [only(features, [Item(pairs[0], view)]) for view in (0, 1, 0, 1, 5)]
     assert features.calls["sam2_features"] == 3
-    assert torch.equal(views[1].vision_tokens_TNC, views[3].vision_tokens_TNC)
-    assert not torch.equal(views[0].vision_tokens_TNC, views[1].vision_tokens_TNC)
+    assert torch.equal(views[1].vision.tokens_MC, views[3].vision.tokens_MC)
+    assert not torch.equal(views[0].vision.tokens_MC, views[1].vision.tokens_MC)
     assert views[1].masks[0].shape == views[0].masks[0].T.shape
 
 
@@ -224,7 +224,7 @@ def test_views_are_kept_apart(made, pairs):
 def test_memory_is_estimated_from_what_an_image_takes(made, pairs, monkeypatch):
     features = made()
     batch = only(features, [Item(pairs[0])])
-    parts = [batch.vision_tokens_TNC, batch.sam2.level0_BCHW, batch.sam2.level1_BCHW, batch.sam2.embedding_BDHW]
+    parts = [batch.vision.tokens_MC, batch.sam2.level0_BCHW, batch.sam2.level1_BCHW, batch.sam2.embedding_BDHW]
     one = sum(part.nbytes for part in parts) + 96 * 128
     need = one * (1000 * 2 + 200)
     monkeypatch.setattr(room, "_free_memory_bytes", lambda: int(need / 0.79))
@@ -298,8 +298,8 @@ def test_encoders_set_aside_answer_as_before_and_are_no_parameters(made, pairs, 
         assert any(part in name for name in names), part
     after = only(features, [Item(pairs[0], 1)])
     again = only(features, [Item(dataclasses.replace(pairs[0], name="again"))])
-    assert torch.equal(again.vision_tokens_TNC, before.vision_tokens_TNC)
-    assert not torch.equal(after.vision_tokens_TNC, before.vision_tokens_TNC)
+    assert torch.equal(again.vision.tokens_MC, before.vision.tokens_MC)
+    assert not torch.equal(after.vision.tokens_MC, before.vision.tokens_MC)
     with torch.no_grad():
-        outputs = [features.peft_model(b.prompt, b.vision_tokens_TNC, b.sam2) for b in (before, again)]
+        outputs = [features.peft_model(b.prompt, b.vision, b.sam2) for b in (before, again)]
     assert torch.equal(outputs[0].masks.logits_Bhw, outputs[1].masks.logits_Bhw)

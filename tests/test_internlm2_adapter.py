@@ -76,7 +76,7 @@ def updates_of(peft_model, heads) -> dict[str, torch.Tensor]:
 def test_peft_computes_the_same_update_on_the_published_tree(tmp_path, recwarn, targets):
     peft_model = trained(settings(targets))
     saved(peft_model, tmp_path)
-    heads = internlm2.heads_of(peft_model.get_base_model().language_model.config)
+    heads = internlm2.heads_of(peft_model.get_base_model().decoder.config)
     tree = Published(key_map.to_published(small.build(SETTINGS).state_dict(), heads))
     original = PeftModel.from_pretrained(tree, tmp_path)
     assert not [warning for warning in recwarn if "missing" in str(warning.message).lower()]
@@ -122,7 +122,7 @@ def test_merged_directory_computes_what_base_and_adapter_compute(tmp_path, targe
     fused = bool(set(targets) & set(PARTS))
     assert written.merged == 2 * (fused + len(set(targets) - set(PARTS)))
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
-    heads = internlm2.heads_of(peft_model.get_base_model().language_model.config)
+    heads = internlm2.heads_of(peft_model.get_base_model().decoder.config)
     for path, update in updates_of(peft_model, heads).items():
         torch.testing.assert_close(after[f"{path}.weight"] - before[f"{path}.weight"], update, atol=1e-5, rtol=1e-5)
     tokens, tile_counts, features = small.inputs(small.build(SETTINGS), 1)

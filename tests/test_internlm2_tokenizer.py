@@ -15,7 +15,7 @@ from transformers import LlamaTokenizer
 from sft.config import UserError
 from sft.model import published
 from sft.model.internlm2_tokenizer import InternLM2Tokenizer
-from sft.model.preprocess import TEMPLATES, Preprocess
+from sft.model.preprocess import TEMPLATES, PreprocessInternVL
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "internlm2_tokens.json").read_text(encoding="utf-8"))
 BOS, EOS = 1, 2
@@ -34,8 +34,8 @@ def test_ids_are_those_of_the_published_tokenizer(tmp_path, kind):
 
 def test_the_prompt_begins_with_bos_and_ends_at_seg(tmp_path):
     tokenizer = published._read_tokenizer(write_tokenizer(tmp_path))
-    preprocess = Preprocess(tokenizer, TEMPLATES["internlm2_chat"], 56, 4, 12, True, 128)
-    ids = preprocess.prompt(["Please segment  the vessels."], [1]).input_ids_BL[0].tolist()
+    preprocess = PreprocessInternVL(tokenizer, TEMPLATES["internlm2_chat"], 56, 4, 12, True, sam2_px=128)
+    ids = preprocess.prompt(["Please segment  the vessels."], [(1, 2, 2)]).input_ids_BL[0].tolist()
     words = "<|im_start|>user\n<img>" + "<IMG_CONTEXT>" * 4 + "</img>\nPlease segment  the vessels.<|im_end|>\n"
     assert tokenizer.decode(ids) == f"<s>{words}<|im_start|>assistant\n Sure, [SEG]"
     assert ids[0] == BOS and ids[-1] == preprocess.seg_token_id == 711

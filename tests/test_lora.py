@@ -41,9 +41,9 @@ def wrapped(chosen: TrainConfig):
 @functools.cache
 def sample():
     """Prompts, vision tokens and SAM2's input images of two pictures."""
-    tokens, tile_counts, _ = small.inputs(small.model(), 2)
+    tokens, layouts, _ = small.inputs(small.model(), 2)
     pictures = torch.stack([small.preprocess().sam2_image(picture) for picture in small.images(2)])
-    return small.preprocess().prompt([small.QUESTION, small.LONGER], tile_counts), tokens, pictures
+    return small.preprocess().prompt([small.QUESTION, small.LONGER], layouts), tokens, pictures
 
 
 def step(peft_model) -> None:

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from sft.config import UserError
-from sft.model.preprocess import IMAGENET_MEAN, IMAGENET_STD, TEMPLATES, Preprocess
+from sft.model.preprocess import IMAGENET_MEAN, IMAGENET_STD, TEMPLATES, PreprocessInternVL
 
 MEAN, STD = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
-PUBLISHED = Preprocess(None, TEMPLATES["qwen_chat"], 448, 256, 12, use_thumbnail=True, sam2_px=1024)
+PUBLISHED = PreprocessInternVL(None, TEMPLATES["qwen_chat"], 448, 256, 12, use_thumbnail=True, sam2_px=1024)
 
 
 def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
@@ -54,9 +54,9 @@ def test_tiles_run_row_by_row_and_the_thumbnail_comes_last():
 
 def test_one_tile_has_no_thumbnail_and_max_tiles_is_kept():
     assert len(PUBLISHED.tiles(picture(448, 448))) == 1
-    few = Preprocess(None, TEMPLATES["qwen_chat"], 448, 256, 1, use_thumbnail=True, sam2_px=1024)
+    few = PreprocessInternVL(None, TEMPLATES["qwen_chat"], 448, 256, 1, use_thumbnail=True, sam2_px=1024)
     assert len(few.tiles(picture(2048, 300))) == 1
-    bare = Preprocess(None, TEMPLATES["qwen_chat"], 448, 256, 12, use_thumbnail=False, sam2_px=1024)
+    bare = PreprocessInternVL(None, TEMPLATES["qwen_chat"], 448, 256, 12, use_thumbnail=False, sam2_px=1024)
     assert len(bare.tiles(picture(896, 448))) == 2
 
 
@@ -84,11 +84,11 @@ def test_every_token_of_a_prompt():
     question += ["<|im_start|>", "assistant", "\n"]
     answer = ["Sure", ",", "[SEG]", ".", "<|im_end|>"]
     assert preprocess.tokens_per_tile == 4
-    ids = preprocess.question_ids(small.QUESTION, 2)
+    ids = preprocess.question_ids(small.QUESTION, preprocess.layout(2))
     assert tokenizer.convert_ids_to_tokens(ids) == question
     assert tokenizer.convert_ids_to_tokens(preprocess.answer_ids()) == answer
     assert tokenizer.convert_ids_to_tokens(preprocess.stop_token_ids) == ["[SEG]", "<|im_end|>"]
-    prompt = preprocess.prompt([small.QUESTION], [2])
+    prompt = preprocess.prompt([small.QUESTION], [preprocess.layout(2)])
     assert tokenizer.convert_ids_to_tokens(prompt.input_ids_BL[0].tolist()) == question + answer[:3]
     assert prompt.seg_position_B.tolist() == [len(question) + 2]
     assert prompt.labels_BL is None
@@ -96,9 +96,10 @@ def test_every_token_of_a_prompt():
 
 def test_prompts_are_padded_on_the_right_and_labels_are_the_next_token():
     preprocess = small.preprocess()
-    answer = preprocess.answer_ids()
-    prompt = preprocess.prompt([small.QUESTION, small.LONGER], [1, 3], with_labels=True)
-    lengths = [len(preprocess.question_ids(small.QUESTION, 1)), len(preprocess.question_ids(small.LONGER, 3))]
+    answer, layouts = preprocess.answer_ids(), [preprocess.layout(1), preprocess.layout(3)]
+    prompt = preprocess.prompt([small.QUESTION, small.LONGER], layouts, with_labels=True)
+    questions = zip((small.QUESTION, small.LONGER), layouts, strict=True)
+    lengths = [len(preprocess.question_ids(*question)) for question in questions]
     assert prompt.input_ids_BL.shape == prompt.labels_BL.shape == (2, lengths[1] + len(answer))
     for ids, labels, position, length in zip(
         prompt.input_ids_BL.tolist(), prompt.labels_BL.tolist(), prompt.seg_position_B.tolist(), lengths, strict=True
@@ -121,4 +122,4 @@ def test_templates_end_where_the_assistant_speaks():
 
 def test_the_image_word_in_a_question_is_refused():
     with pytest.raises(UserError, match="IMG_CONTEXT.*leave it out"):
-        small.preprocess().prompt(["Segment <IMG_CONTEXT>."], [1])
+        small.preprocess().prompt(["Segment <IMG_CONTEXT>."], [(1, 2, 2)])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from sft.config import TrainConfig, UserError
 from sft.model import lora, published
 from sft.model.preprocess import TEMPLATES
+from sft.model.sa2va import Prompt, VisionFeatures
 from sft.model.tiny import TINY_CONFIG
 
 HEAD = "language_model.lm_head.weight"
@@ -101,8 +102,8 @@ def test_what_is_written_comes_back_bit_by_bit_with_config_and_tokenizer(tmp_pat
     again = tmp_path / "again"
     published.save(again, loaded.model, small.config(), loaded.preprocess.tokenizer, dtype=torch.float32)
     assert (again / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
-    tokens, tile_counts, features = small.inputs(written, 2)
-    prompt = loaded.preprocess.prompt([small.QUESTION, small.LONGER], tile_counts)
+    tokens, layouts, features = small.inputs(written, 2)
+    prompt = loaded.preprocess.prompt([small.QUESTION, small.LONGER], layouts)
     with torch.no_grad():
         assert torch.equal(
             loaded.model(prompt, tokens, features).masks.logits_Bhw, written(prompt, tokens, features).masks.logits_Bhw
@@ -141,8 +142,8 @@ def test_tied_embeddings_are_tied_with_and_without_a_head_in_the_file(tmp_path, 
     model = published.load(str(tmp_path), dtype=torch.float32).model
     assert model.language_model.lm_head.weight is model.language_model.model.embed_tokens.weight
     assert states_equal(model, written)
-    tokens, tile_counts, features = small.inputs(model, 1)
-    prompt = small.preprocess().prompt([small.QUESTION], tile_counts, with_labels=True)
+    tokens, layouts, features = small.inputs(model, 1)
+    prompt = small.preprocess().prompt([small.QUESTION], layouts, with_labels=True)
     assert torch.equal(model(prompt, tokens, features).text_loss, written(prompt, tokens, features).text_loss)
 
 
@@ -163,8 +164,8 @@ def test_every_language_model_builds_saves_loads_and_takes_a_training_step(tmp_p
     linears = 4 if architecture == "Phi3ForCausalLM" else 7
     assert lora.describe(peft_model, config)[0].startswith(f"LoRA on language_model: {linears} linears")
     check = lora.GradientCheck(peft_model)
-    tokens, tile_counts, features = small.inputs(written, 2)
-    prompt = loaded.preprocess.prompt([small.QUESTION] * 2, tile_counts, with_labels=True)
+    tokens, layouts, features = small.inputs(written, 2)
+    prompt = loaded.preprocess.prompt([small.QUESTION] * 2, layouts, with_labels=True)
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for step in range(2):
@@ -186,7 +187,9 @@ def test_published_settings_about_how_to_run_do_not_reach_the_model(tmp_path):
     torch.testing.assert_close(frequencies, 1e6 ** (-torch.arange(0, 8, 2) / 8))  # rope_theta is no mere default
     assert model.language_model.config._attn_implementation == "sdpa"
     ids = torch.tensor([[1, 2, 3]])
-    assert model.generate(ids, torch.zeros(0, 4, 32), [0], 3).shape[1] <= 3  # max_length 20 and use_cache false stand
+    assert (
+        model.generate(Prompt(ids, torch.tensor([0])), VisionFeatures(torch.zeros(0, 32)), [0], 3).shape[1] <= 3
+    )  # max_length 20 and use_cache false stand
 
 
 def test_rotary_frequencies_of_llama3_are_scaled(tmp_path):
@@ -286,11 +289,11 @@ def test_a_config_that_is_no_text(directory):
     assert "config.json: not valid JSON" in refused(directory)
 
 
-def test_the_qwen_vl_family_is_named_as_not_supported_yet_before_its_tokenizer_is(directory):
+def test_an_unknown_qwen_vl_is_named_before_its_tokenizer_is(directory):
     qwen = {"model_type": "sa2va_chat", "architectures": ["Sa2VAChatModelQwen"], "vision_config": {"depth": 32}}
     (directory / "config.json").write_text(json.dumps(qwen))
     (directory / "tokenizer_config.json").unlink()
-    assert "config.json: architecture ['Sa2VAChatModelQwen'] is not supported yet" in refused(directory)
+    assert "no kind that they name; supported: qwen2_5_vl, qwen3_vl" in refused(directory)
 
 
 @pytest.mark.parametrize("name", ["GemmaForCausalLM", "MistralForCausalLM"])
@@ -314,7 +317,7 @@ def test_other_language_models_are_named_as_not_supported_yet(directory, name):
         (lambda c: c["vision_config"].pop("hidden_size"), "of another shape"),
         (lambda c: c.pop("template"), "config.json: template 'None' is not supported; supported: qwen_chat"),
         (lambda c: c.update(template="vicuna"), "config.json: template 'vicuna' is not supported"),
-        (lambda c: c["llm_config"].update(vocab_size=100), "beyond the 100 words of config.json's llm_config"),
+        (lambda c: c["llm_config"].update(vocab_size=100), "beyond the 100 words of config.json; "),
     ],
 )
 def test_a_config_with_missing_or_wrong_entries(directory, change, says):
@@ -381,12 +384,12 @@ def test_a_qwen_tokenizer_is_read_from_its_vocabulary_and_merges(directory):
     preprocess = published.load(str(directory)).preprocess
     expected = ["Sure", ",", "Ġ", "[SEG]", ".", "<|im_end|>"]
     assert preprocess.tokenizer.convert_ids_to_tokens(preprocess.answer_ids()) == expected
-    ids = preprocess.question_ids("Sure", 1)
+    ids = preprocess.question_ids("Sure", (1, 2, 2))
     assert ids.count(added["<IMG_CONTEXT>"]) == 4
     for file in ("vocab.json", "merges.txt", "added_tokens.json"):
         (directory / file).unlink()
     preprocess.tokenizer.save_pretrained(directory)  # the other form: all of it in tokenizer.json
-    assert published.load(str(directory)).preprocess.question_ids("Sure", 1) == ids
+    assert published.load(str(directory)).preprocess.question_ids("Sure", (1, 2, 2)) == ids
 
 
 def test_nothing_in_the_directory_is_run_and_nobody_is_asked(directory, tmp_path, monkeypatch):

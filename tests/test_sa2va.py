@@ -1,6 +1,7 @@
 """Protects the native model: where the [SEG] state is read, what the mask decoder gets, what is not computed."""
 
 import dataclasses
+import math
 
 import pytest
 import small_sa2va as small
@@ -8,20 +9,20 @@ import torch
 from torch.nn import functional
 
 from sft.config import TrainConfig
-from sft.model import lora, sa2va
-from sft.model.sa2va import Prompt, Sam2Features, upsample
+from sft.model import lora, sa2va_internvl
+from sft.model.sa2va import Prompt, Sam2Features, VisionFeatures, upsample
 
 QUESTIONS = [small.QUESTION, small.LONGER, small.QUESTION]
 
 
 @pytest.fixture(scope="module")
 def batch():
-    """Three samples of 1, 3 and 1 tiles with questions of different length: vision tokens, tile counts, features."""
+    """Three samples of 1, 3 and 1 tiles with questions of different length: vision tokens, layouts, features."""
     return small.inputs(small.model(), 3)
 
 
-def prompt_of(tile_counts, *, with_labels=False) -> Prompt:
-    return small.preprocess().prompt(QUESTIONS[: len(tile_counts)], tile_counts, with_labels=with_labels)
+def prompt_of(layouts, *, with_labels=False) -> Prompt:
+    return small.preprocess().prompt(QUESTIONS[: len(layouts)], layouts, with_labels=with_labels)
 
 
 def row(features: Sam2Features, index: int) -> Sam2Features:
@@ -29,13 +30,17 @@ def row(features: Sam2Features, index: int) -> Sam2Features:
     return Sam2Features(*(part[index : index + 1] for part in parts), features.projected)
 
 
+def of_image(vision: VisionFeatures, layouts, index: int) -> VisionFeatures:
+    """One image's part of the batch's vision tokens."""
+    return VisionFeatures(vision.tokens_MC.split([math.prod(layout) for layout in layouts])[index])
+
+
 def reference(index: int, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """One sample by hand: (state at [SEG], logits of the best mask), from transformers' own calls and plain loops."""
     model, preprocess = small.model(), small.preprocess()
-    tokens_TNC, tile_counts, features = batch
-    first = sum(tile_counts[:index])
-    vision = iter(tokens_TNC[first : first + tile_counts[index]].flatten(0, 1))
-    ids = preprocess.question_ids(QUESTIONS[index], tile_counts[index]) + preprocess.answer_ids()
+    tokens, layouts, features = batch
+    vision = iter(of_image(tokens, layouts, index).tokens_MC)
+    ids = preprocess.question_ids(QUESTIONS[index], layouts[index]) + preprocess.answer_ids()
     table = model.language_model.model.embed_tokens.weight
     embeddings = torch.stack([next(vision) if token == model.image_token_id else table[token] for token in ids])
     assert next(vision, None) is None
@@ -62,8 +67,8 @@ def reference(index: int, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def test_forward_equals_a_reference_that_takes_one_sample_at_a_time(batch):
-    tokens, tile_counts, features = batch
-    output = small.model()(prompt_of(tile_counts), tokens, features)
+    tokens, layouts, features = batch
+    output = small.model()(prompt_of(layouts), tokens, features)
     assert output.masks.logits_Bhw.shape == (3, small.MASK_PX, small.MASK_PX)
     assert output.masks.candidate_logits_BKhw.shape == (3, 3, small.MASK_PX, small.MASK_PX)
     assert output.text_loss is None
@@ -76,20 +81,19 @@ def test_forward_equals_a_reference_that_takes_one_sample_at_a_time(batch):
 
 @torch.no_grad()
 def test_padding_and_neighbours_change_nothing(batch):
-    tokens, tile_counts, features = batch
-    together = small.model()(prompt_of(tile_counts, with_labels=True), tokens, features)
-    starts = [sum(tile_counts[:index]) for index in range(3)]
-    for index, (start, count) in enumerate(zip(starts, tile_counts, strict=True)):
-        prompt = small.preprocess().prompt([QUESTIONS[index]], [count])
-        alone = small.model()(prompt, tokens[start : start + count], row(features, index))
+    tokens, layouts, features = batch
+    together = small.model()(prompt_of(layouts, with_labels=True), tokens, features)
+    for index, layout in enumerate(layouts):
+        prompt = small.preprocess().prompt([QUESTIONS[index]], [layout])
+        alone = small.model()(prompt, of_image(tokens, layouts, index), row(features, index))
         torch.testing.assert_close(together.seg_state_BC[index], alone.seg_state_BC[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(together.masks.logits_Bhw[index], alone.masks.logits_Bhw[0], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_what_follows_seg_does_not_reach_the_mask(batch):
-    tokens, tile_counts, features = batch
-    prompt = prompt_of(tile_counts, with_labels=True)
+    tokens, layouts, features = batch
+    prompt = prompt_of(layouts, with_labels=True)
     changed = prompt.input_ids_BL.clone()
     for ids, position in zip(changed, prompt.seg_position_B, strict=True):
         ids[position + 1 :] = 3
@@ -102,12 +106,12 @@ def test_what_follows_seg_does_not_reach_the_mask(batch):
 
 @torch.no_grad()
 def test_the_head_runs_only_for_a_text_loss_and_only_on_labelled_positions(batch):
-    tokens, tile_counts, features = batch
+    tokens, layouts, features = batch
     seen = []
     handle = small.model().language_model.lm_head.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape))
-    small.model()(prompt_of(tile_counts), tokens, features)
+    small.model()(prompt_of(layouts), tokens, features)
     assert seen == []
-    small.model()(prompt_of(tile_counts, with_labels=True), tokens, features)
+    small.model()(prompt_of(layouts, with_labels=True), tokens, features)
     handle.remove()
     answer = len(small.preprocess().answer_ids())
     assert seen == [(3 * answer, 32)]
@@ -115,8 +119,8 @@ def test_the_head_runs_only_for_a_text_loss_and_only_on_labelled_positions(batch
 
 @torch.no_grad()
 def test_text_loss_equals_cross_entropy_of_full_logits_shifted_by_one(batch):
-    tokens, tile_counts, features = batch
-    model, prompt = small.model(), prompt_of(tile_counts, with_labels=True)
+    tokens, layouts, features = batch
+    model, prompt = small.model(), prompt_of(layouts, with_labels=True)
     loss = model(prompt, tokens, features).text_loss
     embeddings = model.input_embeddings(prompt.input_ids_BL, tokens)
     logits = model.language_model(inputs_embeds=embeddings).logits
@@ -177,9 +181,9 @@ def test_features_equal_sam2s_own_and_may_be_projected_before_or_after():
 
 @torch.no_grad()
 def test_forward_takes_images_in_the_place_of_features(batch):
-    tokens, tile_counts, features = batch
+    tokens, layouts, features = batch
     images = torch.stack([small.preprocess().sam2_image(picture) for picture in small.images(3)])
-    prompt = prompt_of(tile_counts)
+    prompt = prompt_of(layouts)
     from_images = small.model()(prompt, tokens, images).masks.logits_Bhw
     torch.testing.assert_close(from_images, small.model()(prompt, tokens, features).masks.logits_Bhw)
 
@@ -188,9 +192,10 @@ def test_forward_takes_images_in_the_place_of_features(batch):
 def test_bf16_runs_and_the_text_loss_stays_fp32():
     model = small.build().to(torch.bfloat16)
     picture = small.images(1)[0]
-    tokens = model.vision_tokens(small.preprocess().tiles(picture).bfloat16())
+    image = small.preprocess().vision_input(picture).to("cpu", torch.bfloat16)
+    tokens = model.vision_features(image)
     features = model.sam2_features(small.preprocess().sam2_image(picture)[None].bfloat16())
-    output = model(prompt_of([1], with_labels=True), tokens, features)
+    output = model(prompt_of([image.layout], with_labels=True), tokens, features)
     assert output.masks.logits_Bhw.dtype == torch.bfloat16 and output.masks.logits_Bhw.isfinite().all()
     assert output.text_loss.dtype == torch.float32 and output.text_loss.isfinite()
     assert upsample(output.masks.logits_Bhw, (5, 7)).dtype == torch.float32
@@ -208,7 +213,7 @@ def test_checkpointing_recomputes_every_layer_and_keeps_the_gradients(batch):
 
 def lora_gradients(batch, *, checkpointing: bool) -> tuple[dict[str, torch.Tensor], int]:
     """Gradients of every LoRA matrix (B made non-zero, so that A has one), and how often a layer's attention ran."""
-    tokens, tile_counts, features = batch
+    tokens, layouts, features = batch
     model = small.build()
     peft_model = lora.wrap(model, TrainConfig(lora_rank=2, lora_dropout=0.0))
     for name, parameter in peft_model.named_parameters():
@@ -220,17 +225,20 @@ def lora_gradients(batch, *, checkpointing: bool) -> tuple[dict[str, torch.Tenso
     for layer in model.language_model.model.layers:
         layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
     peft_model.train()
-    peft_model(prompt_of(tile_counts), tokens, features).masks.logits_Bhw.square().mean().backward()
+    peft_model(prompt_of(layouts), tokens, features).masks.logits_Bhw.square().mean().backward()
     return {name: p.grad for name, p in peft_model.named_parameters() if p.requires_grad}, len(calls)
 
 
 @torch.no_grad()
 def test_generation_is_greedy_decoding_that_ends_at_a_stop_token(batch):
-    tokens, _, _ = batch
+    tokens, layouts, _ = batch
+    tokens = of_image(tokens, layouts, 0)
     model, preprocess = small.model(), small.preprocess()
-    ids = torch.tensor([preprocess.question_ids(small.QUESTION, 1)])
-    new = model.generate(ids, tokens[:1], preprocess.stop_token_ids, 6)
-    expected, embeddings = [], model.input_embeddings(ids, tokens[:1])
+    ids = torch.tensor([preprocess.question_ids(small.QUESTION, layouts[0])])
+    question = prompt_of(layouts[:1]).first(ids.shape[1])
+    assert torch.equal(question.input_ids_BL, ids)
+    new = model.generate(question, tokens, preprocess.stop_token_ids, 6)
+    expected, embeddings = [], model.input_embeddings(ids, tokens)
     for _ in range(6):
         token = int(model.language_model(inputs_embeds=embeddings).logits[0, -1].argmax())
         expected.append(token)
@@ -238,7 +246,7 @@ def test_generation_is_greedy_decoding_that_ends_at_a_stop_token(batch):
             break
         embeddings = torch.cat([embeddings, model.language_model.model.embed_tokens.weight[token][None, None]], dim=1)
     assert new.tolist() == [expected]
-    stopped = model.generate(ids, tokens[:1], [expected[2]], 6)
+    stopped = model.generate(question, tokens, [expected[2]], 6)
     assert stopped.tolist() == [expected[: expected.index(expected[2]) + 1]]
 
 
@@ -246,9 +254,9 @@ def test_pixel_shuffle_by_hand():
     # One tile of 4 x 4 patches with one channel, numbered row by row; ratio 0.5 makes 2 x 2 tokens of 4 channels.
     patches = torch.arange(16.0).view(1, 16, 1)
     upright = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
-    assert sa2va._pixel_shuffle(patches, 0.5, "v2")[0].tolist() == upright
+    assert sa2va_internvl._pixel_shuffle(patches, 0.5, "v2")[0].tolist() == upright
     transposed = [upright[0], upright[2], upright[1], upright[3]]  # v1 left the tokens' grid transposed
-    assert sa2va._pixel_shuffle(patches, 0.5, "v1")[0].tolist() == transposed
+    assert sa2va_internvl._pixel_shuffle(patches, 0.5, "v1")[0].tolist() == transposed
 
 
 @torch.no_grad()
@@ -262,7 +270,7 @@ def test_vision_tokens_come_from_the_layer_that_is_chosen():
         states.clear()
         model.settings = dataclasses.replace(model.settings, select_layer=select_layer)
         tokens = model.vision_tokens(tiles)
-        expected = model.mlp1(sa2va._pixel_shuffle(states[layer][:, 1:], 0.5, "v2"))  # without the class token
+        expected = model.mlp1(sa2va_internvl._pixel_shuffle(states[layer][:, 1:], 0.5, "v2"))  # without the class token
         assert tokens.shape == (2, 4, 32) and torch.equal(tokens, expected)
 
 

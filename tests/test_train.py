@@ -32,7 +32,8 @@ from sft.features import Features, Item
 from sft.finite import DivergedError
 from sft.model import lora, published
 from sft.model.export import export
-from sft.model.sa2va import Sa2VA, upsample
+from sft.model.sa2va import upsample
+from sft.model.sa2va_internvl import Sa2VAInternVL
 from sft.train import train, validate_directory
 
 # Everything at once that could make a continued run differ: random numbers, accumulation, views, recomputation.
@@ -491,7 +492,7 @@ def validation_dice(config, directory):
     counted = []
     with torch.no_grad():
         for batch in features.batches([[Item(pair)] for pair in pairs]):
-            logits = peft_model.eval()(batch.prompt, batch.vision_tokens_TNC, batch.sam2).masks.logits_Bhw
+            logits = peft_model.eval()(batch.prompt, batch.vision, batch.sam2).masks.logits_Bhw
             counted.append(metrics.counts(upsample(logits, tuple(batch.masks[0].shape)), batch.masks[0][None])[0])
     features.close()
     return metrics.summarize(torch.stack(counted), 0.5)["dice"]
@@ -605,16 +606,16 @@ def test_seg_rate_decodes_after_the_question_alone(inputs, tmp_path, monkeypatch
     asked, loaded = [], published.load(str(inputs / "model"))
     seg, answer = loaded.preprocess.seg_token_id, loaded.preprocess.answer_ids()
 
-    def generate(self, input_ids_BL, vision_tokens_TNC, stop_token_ids, max_tokens):
-        asked.append((input_ids_BL, len(vision_tokens_TNC), max_tokens))
+    def generate(self, question, vision, stop_token_ids, max_tokens):
+        asked.append((question.input_ids_BL, len(vision.tokens_MC), max_tokens))
         return torch.tensor([[answer[0], seg if len(asked) % 2 else answer[1]]])
 
-    monkeypatch.setattr(Sa2VA, "generate", generate)
+    monkeypatch.setattr(Sa2VAInternVL, "generate", generate)
     result = train(settings(inputs, tmp_path, val_list=None, val_fraction=0.7, seg_rate_samples=8, num_epochs=1))
     assert values(result, "val", "seg_rate") == [0.5, 0.5]
     assert len(asked) == 2 * len(json.loads((result.directory / "split.json").read_text())["val"]) == 8
-    for ids, tiles, most in asked:
-        question = loaded.preprocess.question_ids(settings(inputs, "out").question, tiles)
+    for ids, tokens, most in asked:
+        question = loaded.preprocess.question_ids(settings(inputs, "out").question, (1, 1, tokens))
         assert ids.tolist() == [question] and most == loop.MAX_ANSWER_TOKENS
 
 
@@ -627,7 +628,7 @@ def test_a_falling_seg_rate_is_warned_about(inputs, tmp_path, monkeypatch):
 
 
 def test_seg_rate_can_be_left_out(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(Sa2VA, "generate", None)
+    monkeypatch.setattr(Sa2VAInternVL, "generate", None)
     result = train(settings(inputs, tmp_path, seg_rate_samples=0, num_epochs=1))
     assert "seg_rate" not in rows(result, "val")[0]
     assert "| seg_rate" not in (tmp_path / "training.log").read_text()

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sft.config import UserError
+from sft.model.key_map import newer_layout
 from sft.model.lora import ADAPTER_CONFIG, read_adapter
 from sft.model.weights import FILE, INDEX, read_json, weight_files
 
@@ -131,6 +132,7 @@ class _Change:
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor as the adapter leaves it, in its own dtype; sums are formed in fp32."""
+        name = newer_layout(name)  # an adapter's names are; the file keeps its own
         self._unused.discard(name)
         if name in self.whole:
             self._check(name, self.whole[name].shape, tensor.shape)

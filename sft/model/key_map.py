@@ -26,6 +26,12 @@ _POINT_NATIVE = f"{SAM2}prompt_encoder.point_embed.weight"
 _QKV = re.compile(r"^(vision_model\.encoder\.layer\.\d+\.attention\.)([qkv])_proj\.(weight|bias)$")
 _QKV_PUBLISHED = re.compile(r"^vision_model\.encoder\.layers\.(\d+)\.attn\.qkv\.(weight|bias)$")
 
+# The Qwen-VL families as transformers 4.49 wrote them; later versions, and the native model, have one more `model`.
+_OLD_QWEN = (
+    (re.compile(r"^model\.visual\b"), "model.model.visual"),
+    (re.compile(r"^model\.model\.(layers|embed_tokens|norm)\b"), r"model.model.language_model.\1"),
+)
+
 # Weights of SAM2's video memory; images never reach them.
 VIDEO_ONLY = re.compile(
     rf"^{re.escape(SAM2)}(memory_attention|memory_encoder|maskmem_tpos_enc|no_mem_pos_enc|no_obj_ptr|no_obj_embed_spatial"
@@ -81,7 +87,7 @@ def native_name(name: str, heads: Heads | None = None) -> str:
     """Native path of a published tensor or module name whose shape is the same in both."""
     if heads and name.startswith(_LANGUAGE):
         return internlm2.native_name(name)
-    return _rename(name, published=True)
+    return _rename(newer_layout(name), published=True)
 
 
 def published_name(name: str, heads: Heads | None = None) -> str:
@@ -91,11 +97,19 @@ def published_name(name: str, heads: Heads | None = None) -> str:
     return _rename(name, published=False)
 
 
+def newer_layout(name: str) -> str:
+    """A published name of the Qwen-VL families as transformers 4.57 and later write it; others stay as they are."""
+    for old, new in _OLD_QWEN:
+        name = old.sub(new, name)
+    return name
+
+
 def to_native(name: str, tensor: Tensor, heads: Heads | None = None) -> dict[str, Tensor]:
     """One published tensor -> the native tensors it fills: none for video memory, several where it is split.
 
     SAM2's point embeddings 0..3 each give one row, named `<native>[i]`; `join_rows` puts them together.
     """
+    name = newer_layout(name)
     if VIDEO_ONLY.match(name):
         return {}
     if heads and name.startswith(_LANGUAGE):

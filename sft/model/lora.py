@@ -56,7 +56,8 @@ def describe(peft_model: PeftModel, config: TrainConfig) -> list[str]:
     """What LoRA matched and what trains, one line each, for the log."""
     lines = []
     for scope in config.lora_scope:
-        names = [name for name in _lora_layers(peft_model) if name.startswith(_scope_root(scope))]
+        root = _scope_root(peft_model.get_base_model(), scope)
+        names = [name for name in _lora_layers(peft_model) if name.startswith(root)]
         kinds = Counter(name.rsplit(".", 1)[-1] for name in names)
         listed = ", ".join(f"{kind} x{count}" for kind, count in sorted(kinds.items()))
         lines.append(f"LoRA on {scope}: {len(names)} linears ({listed})")
@@ -104,7 +105,7 @@ def save_adapter(directory: Path, peft_model: PeftModel, trainable: dict[str, Te
     """
     state = get_peft_model_state_dict(peft_model, state_dict=trainable, save_embedding_layers=False)
     assert len(state) == len(trainable), "peft dropped parameters"
-    heads = internlm2.heads_of(peft_model.get_base_model().language_model.config)
+    heads = internlm2.heads_of(peft_model.get_base_model().decoder.config)
     state = internlm2.fuse_adapter(state, heads) if heads else state
     published = {_rename(name, key_map.published_name, heads): tensor.contiguous() for name, tensor in state.items()}
     assert len(published) == len(state), "two parameters share one published name"
@@ -128,7 +129,7 @@ def load_adapter(peft_model: PeftModel, directory: Path) -> None:
         UserError: no adapter there, or its tensors are not exactly those the settings ask for.
     """
     published = read_adapter(directory)
-    heads = internlm2.heads_of(peft_model.get_base_model().language_model.config)
+    heads = internlm2.heads_of(peft_model.get_base_model().decoder.config)
     native = {_rename(name, key_map.native_name, heads): tensor for name, tensor in published.items()}
     if heads:
         targets = {name.rsplit(".", 1)[-1] for name in _lora_layers(peft_model) if name.startswith("language_model.")}
@@ -160,17 +161,18 @@ def read_adapter(directory: Path) -> dict[str, Tensor]:
         raise UserError(f"{file}: unreadable adapter ({reason}); give another checkpoint directory") from error
 
 
-def _scope_root(scope: str) -> str:
-    return {"language_model": "language_model.", "mask_decoder": f"{_DECODER}.", "sam2_encoder": f"{_ENCODER}."}[scope]
+def _scope_root(model: Sa2VA, scope: str) -> str:
+    paths = {"language_model": model.decoder_path, "mask_decoder": _DECODER, "sam2_encoder": _ENCODER}
+    return paths[scope] + "."
 
 
 def _scope_pattern(model: Sa2VA, scope: str, config: TrainConfig) -> str:
     """A regular expression for the scope's linears; bare suffixes would also match inside SAM2 and vision towers."""
-    root = re.escape(_scope_root(scope))
+    root = re.escape(_scope_root(model, scope))
     match scope:
         case "language_model":
             targets = _language_targets(model, config)
-            pattern = rf"{root}model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(targets)})"
+            pattern = rf"{root}layers\.\d+\.(self_attn|mlp)\.({'|'.join(targets)})"
             _check_targets(model, root, targets)
         case "mask_decoder":
             pattern = rf"{root}transformer\..*\.(q_proj|k_proj|v_proj|o_proj|proj_in|proj_out)"
@@ -184,7 +186,7 @@ def _scope_pattern(model: Sa2VA, scope: str, config: TrainConfig) -> str:
 
 def _language_targets(model: Sa2VA, config: TrainConfig) -> tuple[str, ...]:
     """`lora_target_modules` as this language model's own names."""
-    is_phi3 = model.language_model.config.architectures == [phi3.ARCHITECTURE]
+    is_phi3 = model.decoder.config.architectures == [phi3.ARCHITECTURE]
     return phi3.lora_targets(config.lora_target_modules) if is_phi3 else config.lora_target_modules
 
 
@@ -192,7 +194,7 @@ def _check_targets(model: Sa2VA, root: str, targets: tuple[str, ...]) -> None:
     found = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and re.match(root + r"model\.layers\.", name)
+        if isinstance(module, nn.Linear) and re.match(root + r"layers\.", name)
     }
     unknown = [target for target in targets if target not in found]
     if unknown:
@@ -207,7 +209,7 @@ def _language_note(model: Sa2VA, config: TrainConfig) -> list[str]:
     wanted, targets = config.lora_target_modules, _language_targets(model, config)
     if targets != wanted:
         return [f"  lora_target_modules {', '.join(wanted)} are {', '.join(targets)} in this language model"]
-    if internlm2.heads_of(model.language_model.config):
+    if internlm2.heads_of(model.decoder.config):
         return ["  saved in InternLM2's own terms: q_proj, k_proj and v_proj as one LoRA of attention.wqkv, exactly"]
     return []
 

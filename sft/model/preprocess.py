@@ -1,12 +1,14 @@
-"""Image and question -> the tensors the InternVL family expects, equal to the published pipeline.
+"""Image and question -> the tensors a model expects, as in the published pipeline: what families share, and InternVL.
 
-Takes RGB uint8 arrays and text, gives float tensors (T, 3, H, W) and token ids. It does not know masks or files.
+Takes RGB uint8 arrays and text, gives float tensors and token ids. It does not know masks or files; the Qwen families
+stand in preprocess_qwen.
 
 Source of the constants: InternVL2.5's and Sa2VA's preprocessing (ImageNet statistics, bicubic, 1-12 tiles and a
 thumbnail).
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sft.config import UserError
-from sft.model.sa2va import Prompt
+from sft.model.sa2va import Layout, Prompt, VisionInput
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -46,19 +48,119 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Sizes and words of one checkpoint; made by `published.load`.
+    """Sizes and words of one checkpoint, made by `published.load`: what all families share.
 
-    `tile_px` side of a vision tile; `tokens_per_tile` after pixel shuffle; `max_tiles` 12 in the published models;
-    `sam2_px` side of SAM2's square input.
+    A family's class adds `vision_input`, `question_ids` and two words of its own. `sam2_px` side of SAM2's input.
     """
 
     tokenizer: PreTrainedTokenizerBase
+    sam2_px: int = field(kw_only=True)
+
+    @property
+    def end_token(self) -> str:
+        """The token that ends an answer."""
+        raise NotImplementedError
+
+    @property
+    def image_token(self) -> str:
+        """The place holder of one vision token."""
+        raise NotImplementedError
+
+    def vision_input(self, image_HW3: np.ndarray) -> VisionInput:
+        """RGB uint8 image -> what the vision encoder takes, and the layout of its tokens, for `prompt`."""
+        raise NotImplementedError
+
+    def question_ids(self, question: str, layout: Layout) -> list[int]:
+        """Token ids up to and with the assistant's turn, for free generation.
+
+        Raises:
+            UserError: the question holds the word that stands for a piece of the image.
+        """
+        raise NotImplementedError
+
+    def sam2_image(self, image_HW3: np.ndarray) -> Tensor:
+        """RGB uint8 image -> (3, sam2_px, sam2_px) fp32; the aspect ratio is not kept, as in the published model."""
+        return _normalise(Image.fromarray(image_HW3).resize((self.sam2_px, self.sam2_px)))
+
+    def answer_ids(self) -> list[int]:
+        """Token ids of "Sure, [SEG]." and the end of the turn."""
+        return self.tokenizer.encode(ANSWER + self.end_token, add_special_tokens=False)
+
+    @property
+    def seg_token_id(self) -> int:
+        """Id of [SEG]."""
+        return self.tokenizer.convert_tokens_to_ids(SEG_TOKEN)
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the place holder of one vision token."""
+        return self.tokenizer.convert_tokens_to_ids(self.image_token)
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Ends of a greedy answer: the end of the turn, and [SEG] itself, after which nothing matters for a mask."""
+        return [self.seg_token_id, self.tokenizer.convert_tokens_to_ids(self.end_token)]
+
+    def prompt(self, questions: list[str], layouts: list[Layout], *, with_labels: bool = False) -> Prompt:
+        """Teacher-forced prompts of B samples, right-padded.
+
+        Without labels a row ends at [SEG], since nothing after it reaches the mask; with labels the whole answer
+        is there and its tokens are the labels.
+        """
+        answer = self.answer_ids()
+        if not with_labels:
+            answer = answer[: answer.index(self.seg_token_id) + 1]
+        rows, labels, seg_positions = [], [], []
+        for question, layout in zip(questions, layouts, strict=True):
+            question_ids = self.question_ids(question, layout)
+            rows.append(question_ids + answer)
+            labels.append([IGNORED] * (len(question_ids) - 1) + answer + [IGNORED])
+            seg_positions.append(len(question_ids) + answer.index(self.seg_token_id))
+        input_ids_BL = _pad(rows, self.stop_token_ids[-1])
+        return Prompt(
+            input_ids_BL,
+            torch.tensor(seg_positions),
+            _pad(labels, IGNORED) if with_labels else None,
+            self.position_ids(input_ids_BL, layouts),
+        )
+
+    def position_ids(self, input_ids_BL: Tensor, layouts: list[Layout]) -> Tensor | None:
+        """Positions (3, B, L) where they do not just count up; else None."""
+        return None
+
+
+@dataclass(frozen=True)
+class PreprocessInternVL(Preprocess):
+    """The InternVL family.
+
+    `tile_px` side of a vision tile; `tokens_per_tile` after pixel shuffle; `max_tiles` 12 in the published models.
+    """
+
     template: Template
     tile_px: int
     tokens_per_tile: int
     max_tiles: int
     use_thumbnail: bool
-    sam2_px: int
+
+    @property
+    def end_token(self) -> str:
+        """The token that ends an answer."""
+        return self.template.end
+
+    @property
+    def image_token(self) -> str:
+        """The place holder of one vision token."""
+        return IMAGE_TOKEN
+
+    def vision_input(self, image_HW3: np.ndarray) -> VisionInput:
+        """RGB uint8 image -> its tiles and the layout of their tokens."""
+        tiles_T3HW = self.tiles(image_HW3)
+        return VisionInput(tiles_T3HW, self.layout(len(tiles_T3HW)))
+
+    def layout(self, tile_count: int) -> Layout:
+        """Vision tokens of an image of so many tiles."""
+        side = math.isqrt(self.tokens_per_tile)
+        return tile_count, side, self.tokens_per_tile // side
 
     def tiles(self, image_HW3: np.ndarray) -> Tensor:
         """RGB uint8 image -> normalised vision tiles, (T, 3, tile_px, tile_px) fp32, T from 1 to max_tiles + 1."""
@@ -72,11 +174,7 @@ class Preprocess:
             tiles.append(image.resize((side, side)))
         return torch.stack([_normalise(tile) for tile in tiles])
 
-    def sam2_image(self, image_HW3: np.ndarray) -> Tensor:
-        """RGB uint8 image -> (3, sam2_px, sam2_px) fp32; the aspect ratio is not kept, as in the published model."""
-        return _normalise(Image.fromarray(image_HW3).resize((self.sam2_px, self.sam2_px)))
-
-    def question_ids(self, question: str, tile_count: int) -> list[int]:
+    def question_ids(self, question: str, layout: Layout) -> list[int]:
         """Token ids up to and with the assistant's turn, for free generation.
 
         Raises:
@@ -84,43 +182,8 @@ class Preprocess:
         """
         if IMAGE_TOKEN in question:  # it would take another sample's vision token
             raise UserError(f"question {question!r}: {IMAGE_TOKEN} stands for a piece of the image; leave it out")
-        image = IMAGE_START + IMAGE_TOKEN * (tile_count * self.tokens_per_tile) + IMAGE_END
+        image = IMAGE_START + IMAGE_TOKEN * math.prod(layout) + IMAGE_END
         return self.tokenizer.encode(self.template.question.format(f"{image}\n{question}"))
-
-    def answer_ids(self) -> list[int]:
-        """Token ids of "Sure, [SEG]." and the end of the turn."""
-        return self.tokenizer.encode(ANSWER + self.template.end, add_special_tokens=False)
-
-    @property
-    def seg_token_id(self) -> int:
-        """Id of [SEG]."""
-        return self.tokenizer.convert_tokens_to_ids(SEG_TOKEN)
-
-    @property
-    def stop_token_ids(self) -> list[int]:
-        """Ends of a greedy answer: the end of the turn, and [SEG] itself, after which nothing matters for a mask."""
-        return [self.seg_token_id, self.tokenizer.convert_tokens_to_ids(self.template.end)]
-
-    def prompt(self, questions: list[str], tile_counts: list[int], *, with_labels: bool = False) -> Prompt:
-        """Teacher-forced prompts of B samples, right-padded.
-
-        Without labels a row ends at [SEG], since nothing after it reaches the mask; with labels the whole answer
-        is there and its tokens are the labels.
-        """
-        answer = self.answer_ids()
-        if not with_labels:
-            answer = answer[: answer.index(self.seg_token_id) + 1]
-        rows, labels, seg_positions = [], [], []
-        for question, tile_count in zip(questions, tile_counts, strict=True):
-            question_ids = self.question_ids(question, tile_count)
-            rows.append(question_ids + answer)
-            labels.append([IGNORED] * (len(question_ids) - 1) + answer + [IGNORED])
-            seg_positions.append(len(question_ids) + answer.index(self.seg_token_id))
-        return Prompt(
-            _pad(rows, self.stop_token_ids[-1]),
-            torch.tensor(seg_positions),
-            _pad(labels, IGNORED) if with_labels else None,
-        )
 
 
 def _closest_grid(width: int, height: int, max_tiles: int, tile_px: int) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from transformers import (
     InternVLVisionConfig,
@@ -23,9 +22,20 @@ from transformers import (
 )
 
 from sft.config import UserError
-from sft.model import internlm2, key_map, phi3, weights
-from sft.model.preprocess import IMAGE_END, IMAGE_START, IMAGE_TOKEN, SEG_TOKEN, TEMPLATES, Preprocess, Template
-from sft.model.sa2va import Sa2VA, Sa2VASettings
+from sft.model import internlm2, key_map, phi3, preprocess_qwen, published_qwen, weights
+from sft.model.preprocess import (
+    IMAGE_END,
+    IMAGE_START,
+    IMAGE_TOKEN,
+    SEG_TOKEN,
+    TEMPLATES,
+    Preprocess,
+    PreprocessInternVL,
+)
+from sft.model.published_qwen import HOW_TO_RUN, REFUSED
+from sft.model.sa2va import Sa2VA
+from sft.model.sa2va_internvl import Sa2VAInternVL, Sa2VASettings
+from sft.model.sa2va_qwen import Sa2VAQwen
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny_sa2va"
 # SAM2 Hiera-L as the published code hard-codes it. A directory of ours may say otherwise under the key `native`:
@@ -46,10 +56,7 @@ _SAM2_HIERA_LARGE = {
         "backbone_channel_list": [1152, 576, 288, 144],
     }
 }
-
-_HOW_TO_RUN = ("_name_or_path", "attn_implementation", "auto_map", "dtype", "torch_dtype", "transformers_version")
-# What transformers raises on settings that make no model.
-_REFUSED = (ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError)
+_QWEN_WORDS = (SEG_TOKEN, *preprocess_qwen.RESERVED[:3], preprocess_qwen.END_TOKEN)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def load(model_path: str, *, dtype: torch.dtype = torch.bfloat16, device: str | 
     config = read_config(directory)
     preprocess = make_preprocess(config, _read_tokenizer(directory), directory)
     with init_empty_weights(include_buffers=False):
-        model = build(config, preprocess.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), directory)
+        model = build(config, preprocess.image_token_id, directory)
     weights.fill(model, directory, dtype, torch.device(device))
     return Loaded(model.eval(), preprocess, directory)
 
@@ -99,12 +106,15 @@ def read_config(directory: Path) -> dict:
         raise UserError(
             f"{file}: model_type is {config.get('model_type')!r}, expected 'sa2va_chat'; give a Sa2VA checkpoint"
         )
+    # Here and not in `build` alone, so that an unsupported model is named before its tokenizer is read.
+    if _is_qwen_vl(config):
+        published_qwen.model_config(config, file)
+        return config
     if not all(isinstance(config.get(part), dict) for part in ("vision_config", "llm_config")):
         raise UserError(
-            f"{file}: architecture {config.get('architectures')} is not supported yet; "
-            "supported: Sa2VAChatModel (InternVL family), which has vision_config and llm_config"
+            f"{file}: architecture {config.get('architectures')} is not supported yet; supported: Sa2VAChatModel "
+            "(InternVL family), which has vision_config and llm_config, and Sa2VAChatModelQwen, which has vision_config"
         )
-    # Here and not in `build` alone, so that an unsupported model is named before its tokenizer is read.
     _language_config(config["llm_config"], file)
     _vision_config(config["vision_config"], file)
     return config
@@ -113,6 +123,8 @@ def read_config(directory: Path) -> dict:
 def build(config: dict, image_token_id: int, directory: Path) -> Sa2VA:
     """The native model of a config.json, weights untrained (and on the meta device when the caller says so)."""
     file = directory / "config.json"
+    if _is_qwen_vl(config):
+        return _build_qwen(config, image_token_id, file)
     settings = Sa2VASettings(
         config.get("downsample_ratio", 0.5), config.get("ps_version", "v1"), config.get("select_layer", -1)
     )
@@ -122,13 +134,18 @@ def build(config: dict, image_token_id: int, directory: Path) -> Sa2VA:
         _sam2_config(config),
     )
     try:
-        return Sa2VA(*parts, settings, image_token_id)
-    except _REFUSED as error:
+        return Sa2VAInternVL(*parts, settings, image_token_id)
+    except REFUSED as error:
         raise UserError(f"{file}: no model can be built from it ({_one_line(error)}); check the download") from error
 
 
 def make_preprocess(config: dict, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Preprocess:
     """Sizes and words of a config.json; a UserError if its template or the tokenizer's words are not Sa2VA's."""
+    sam2_px = _sam2_config(config).prompt_encoder_config.image_size
+    if _is_qwen_vl(config):
+        text = published_qwen.model_config(config, directory / "config.json").text_config
+        _check_words(tokenizer, _QWEN_WORDS, text.vocab_size, directory)
+        return published_qwen.make_preprocess(config, tokenizer, sam2_px, directory)
     vision = config["vision_config"]
     tile_px = config.get("force_image_size") or vision.get("image_size", 224)
     name = str(config.get("template")).replace("-", "_")
@@ -136,8 +153,10 @@ def make_preprocess(config: dict, tokenizer: PreTrainedTokenizerBase, directory:
         raise UserError(
             f"{directory / 'config.json'}: template {name!r} is not supported; supported: {', '.join(TEMPLATES)}"
         )
-    _check_words(tokenizer, TEMPLATES[name], config["llm_config"], directory)
-    return Preprocess(
+    words = (SEG_TOKEN, IMAGE_TOKEN, IMAGE_START, IMAGE_END, TEMPLATES[name].end)
+    rows = _language_config(config["llm_config"], directory / "config.json").vocab_size
+    _check_words(tokenizer, words, rows, directory)
+    return PreprocessInternVL(
         tokenizer=tokenizer,
         template=TEMPLATES[name],
         tile_px=tile_px,
@@ -145,7 +164,7 @@ def make_preprocess(config: dict, tokenizer: PreTrainedTokenizerBase, directory:
         # The published code ignores config.json here and always takes 1 to 12 tiles and a thumbnail.
         max_tiles=config.get("native", {}).get("max_tiles", 12),
         use_thumbnail=True,
-        sam2_px=_sam2_config(config).prompt_encoder_config.image_size,
+        sam2_px=sam2_px,
     )
 
 
@@ -160,14 +179,35 @@ def save(
     """Writes a complete published directory (one safetensors file); returns the bytes of the weights."""
     directory.mkdir(parents=True, exist_ok=True)
     state = dict(model.state_dict())
-    if model.language_model.config.tie_word_embeddings:
-        state.pop("language_model.lm_head.weight", None)
-    state = key_map.to_published(state, internlm2.heads_of(model.language_model.config))
+    if model.tied_head:
+        state.pop(model.tied_head, None)
+    state = key_map.to_published(state, internlm2.heads_of(model.decoder.config))
     published = {name: tensor.to(dtype).contiguous().clone() for name, tensor in state.items()}
     save_file(published, directory / weights.FILE, metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(directory)
+    if _is_qwen_vl(config):
+        published_qwen.write_processor(directory, config)
     return (directory / weights.FILE).stat().st_size
+
+
+def _is_qwen_vl(config: dict) -> bool:
+    """The Qwen-VL families have no llm_config: their config.json is that of the vision and language model itself."""
+    qwen = "Sa2VAChatModelQwen" in (config.get("architectures") or [])
+    return isinstance(config.get("vision_config"), dict) and "llm_config" not in config and qwen
+
+
+def _build_qwen(config: dict, image_token_id: int, file: Path) -> Sa2VAQwen:
+    made = published_qwen.model_config(config, file)
+    if made.image_token_id != image_token_id:
+        raise UserError(
+            f"{file}: image_token_id is {made.image_token_id}, the tokenizer's {preprocess_qwen.IMAGE_TOKEN} is "
+            f"{image_token_id}; tokenizer and model are not of one checkpoint"
+        )
+    try:
+        return Sa2VAQwen(made, _sam2_config(config))
+    except REFUSED as error:
+        raise UserError(f"{file}: no model can be built from it ({_one_line(error)}); check the download") from error
 
 
 def _vision_config(published: dict, file: Path) -> InternVLVisionConfig:
@@ -186,13 +226,13 @@ def _vision_config(published: dict, file: Path) -> InternVLVisionConfig:
             image_size=published.get("image_size", 224),
             patch_size=published.get("patch_size", 14),
         )
-    except _REFUSED as error:
+    except REFUSED as error:
         raise UserError(f"{file}: vision_config is not valid ({_one_line(error)}); check the download") from error
 
 
 def _language_config(published: dict, file: Path) -> PreTrainedConfig:
     """All published settings but those about how to run: many ask for flash_attention_2, which is not installed."""
-    settings = {key: value for key, value in published.items() if key not in _HOW_TO_RUN}
+    settings = {key: value for key, value in published.items() if key not in HOW_TO_RUN}
     architecture = (published.get("architectures") or ["none"])[0]
     try:
         match architecture:
@@ -208,7 +248,7 @@ def _language_config(published: dict, file: Path) -> PreTrainedConfig:
                 return phi3.language_config(published, file)
     except UserError:
         raise
-    except _REFUSED as error:
+    except REFUSED as error:
         raise UserError(f"{file}: llm_config is not valid ({_one_line(error)}); check the download") from error
     raise UserError(
         f"{file}: language model {architecture} is not supported yet; "
@@ -255,20 +295,18 @@ def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _check_words(tokenizer: PreTrainedTokenizerBase, template: Template, llm_config: dict, directory: Path) -> None:
+def _check_words(tokenizer: PreTrainedTokenizerBase, needed: tuple[str, ...], rows: int, directory: Path) -> None:
     vocabulary = tokenizer.get_vocab()
-    needed = (SEG_TOKEN, IMAGE_TOKEN, IMAGE_START, IMAGE_END, template.end)
     absent = [token for token in needed if token not in vocabulary]
     if absent:
         raise UserError(
             f"{directory}: the tokenizer lacks {', '.join(absent)}; this is not a Sa2VA checkpoint's tokenizer"
         )
-    rows = _language_config(llm_config, directory / "config.json").vocab_size
     beyond = [token for token in needed if vocabulary[token] >= rows]
     if beyond:
         raise UserError(
-            f"{directory}: the tokenizer numbers {', '.join(beyond)} beyond the {rows} words of config.json's "
-            "llm_config; tokenizer and model are not of one checkpoint"
+            f"{directory}: the tokenizer numbers {', '.join(beyond)} beyond the {rows} words of config.json; "
+            "tokenizer and model are not of one checkpoint"
         )
 
 

@@ -1,29 +1,66 @@
 """Sa2VA, native: vision tokens -> language model -> [SEG] state -> SAM2 mask decoder -> mask logits.
 
-Takes tensors that `preprocess` made, gives logits on the mask decoder's grid; `upsample` brings them to a mask's size.
+Takes tensors of a `Preprocess`, gives logits on the mask decoder's grid; `upsample` brings them to a mask's size.
+Here stands what all families share; `sa2va_internvl` and `sa2va_qwen` add a vision encoder and a language model.
 Attribute names are the published ones, so an adapter trained here fits the original model. It does not know files,
 tokenizers, losses or LoRA.
 
-Shapes: B samples, T image tiles over the whole batch, L tokens of the longest prompt, C language model width,
-D SAM2 width (256 in the published models), P prompts per image, h x w the mask decoder's grid (256 x 256).
+Shapes: B samples, M vision tokens over the whole batch, L tokens of the longest prompt, C language model width,
+K deepstack levels, D SAM2 width (256 in the published models), P prompts per image, h x w the mask decoder's grid
+(256 x 256).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import InternVLVisionModel, Sam2Model
-from transformers.models.auto import AutoModelForCausalLM
+from transformers import Sam2Model
+
+Layout = tuple[int, int, int]
+"""Vision tokens of one image: tiles (1 in the Qwen families), rows and columns; their product is the token count."""
 
 
 @dataclass(frozen=True)
-class Sa2VASettings:
-    """What the published config.json says beyond the configurations of the three parts."""
+class VisionInput:
+    """One image as its vision encoder wants it."""
 
-    downsample_ratio: float = 0.5
-    ps_version: str = "v2"
-    select_layer: int = -1
+    pixels: Tensor  # InternVL: tiles (T, 3, H, W); Qwen: patches (N, 3 * frames * patch^2); fp32 from a Preprocess
+    layout: Layout  # of the vision tokens that come of it
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "VisionInput":
+        """The same on a device."""
+        return replace(self, pixels=self.pixels.to(device, dtype))
+
+
+@dataclass(frozen=True)
+class VisionFeatures:
+    """What the vision encoder gives of one image, or of the images of a batch one after another."""
+
+    tokens_MC: Tensor
+    deepstack_KMC: Tensor | None = None  # Qwen3-VL: added to the vision tokens' states after the first K layers
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "VisionFeatures":
+        """The same on a device."""
+        return VisionFeatures(*(part if part is None else part.to(device, non_blocking=non_blocking) for part in self))
+
+    @staticmethod
+    def join(images: Sequence["VisionFeatures"]) -> "VisionFeatures":
+        """Images one after another, in the order of the samples."""
+        deepstack = [image.deepstack_KMC for image in images]
+        return VisionFeatures(
+            torch.cat([image.tokens_MC for image in images]),
+            None if deepstack[0] is None else torch.cat(deepstack, dim=1),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self if part is not None)
+
+    def __iter__(self):
+        return iter((self.tokens_MC, self.deepstack_KMC))
 
 
 @dataclass(frozen=True)
@@ -46,6 +83,26 @@ class Prompt:
     input_ids_BL: Tensor  # int64
     seg_position_B: Tensor  # index of the [SEG] token in its row
     labels_BL: Tensor | None = None  # the token to predict *at* each position, -100 where none counts
+    position_ids_3BL: Tensor | None = None  # Qwen: time, row and column of each token; else positions count up
+
+    def to(self, device: torch.device | str) -> "Prompt":
+        """The same on a device."""
+        parts = (self.input_ids_BL, self.seg_position_B, self.labels_BL, self.position_ids_3BL)
+        return Prompt(*(None if part is None else part.to(device) for part in parts))
+
+    def first(self, length: int) -> "Prompt":
+        """The first tokens of every row, for instance the question without its answer."""
+        positions = None if self.position_ids_3BL is None else self.position_ids_3BL[:, :, :length]
+        labels = None if self.labels_BL is None else self.labels_BL[:, :length]
+        return Prompt(self.input_ids_BL[:, :length], self.seg_position_B, labels, positions)
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """Last states of the language model, (B, L, C)."""
+
+    normed_BLC: Tensor  # after the final norm: what the language model head reads
+    seg_BLC: Tensor  # what `text_hidden_fcs` reads at [SEG]: the same, but in Qwen3-VL before the final norm
 
 
 @dataclass(frozen=True)
@@ -67,31 +124,19 @@ class Output:
 
 
 class Sa2VA(nn.Module):
-    """InternVL family: InternViT, pixel shuffle, projector, a causal language model, SAM2."""
+    """The part that all families share. A family's class builds the rest and has `vision_features`, `hidden_states`
+    and `generate`; it tells where the rest stands by three paths."""
 
-    def __init__(self, vision_config, language_config, sam2_config, settings: Sa2VASettings, image_token_id: int):
-        """Builds the parts with untrained weights.
+    decoder_path: str
+    """The text decoder: it has `config`, `embed_tokens` and `layers`."""
+    head_path: str
+    """The language model head."""
+    vision_paths: tuple[str, ...]
+    """The modules that make vision tokens."""
+    image_token_id: int
+    """The place holder of one vision token."""
 
-        Args:
-            vision_config: transformers' InternVLVisionConfig.
-            language_config: transformers' Qwen2Config, Qwen3Config or LlamaConfig.
-            sam2_config: transformers' Sam2Config.
-            settings: pixel shuffle and layer choice of the published config.json.
-            image_token_id: id of `<IMG_CONTEXT>`, the place holder of one vision token.
-        """
-        super().__init__()
-        self.settings = settings
-        self.image_token_id = image_token_id
-        language_width = language_config.hidden_size
-        shuffled_width = vision_config.hidden_size * int(1 / settings.downsample_ratio) ** 2
-        self.vision_model = InternVLVisionModel(vision_config)
-        self.mlp1 = nn.Sequential(
-            nn.LayerNorm(shuffled_width),
-            nn.Linear(shuffled_width, language_width),
-            nn.GELU(),
-            nn.Linear(language_width, language_width),
-        )
-        self.language_model = AutoModelForCausalLM.from_config(language_config)
+    def _build_mask_part(self, language_width: int, sam2_config) -> None:
         self.grounding_encoder = nn.Module()
         self.grounding_encoder.sam2_model = Sam2Model(sam2_config)
         self.text_hidden_fcs = nn.Sequential(
@@ -106,31 +151,53 @@ class Sa2VA(nn.Module):
         """The SAM2 part under its published path `grounding_encoder.sam2_model`."""
         return self.grounding_encoder.sam2_model
 
-    def forward(self, prompt: Prompt, vision_tokens_TNC: Tensor, sam2: Sam2Features | Tensor) -> Output:
+    @property
+    def decoder(self) -> nn.Module:
+        """The text decoder; `config` tells num_hidden_layers, hidden_size and intermediate_size."""
+        return self.get_submodule(self.decoder_path)
+
+    @property
+    def head(self) -> nn.Module:
+        """The language model head."""
+        return self.get_submodule(self.head_path)
+
+    @property
+    def tied_head(self) -> str | None:
+        """Name of the head's weight where it is the token embeddings themselves, which files then leave out."""
+        return f"{self.head_path}.weight" if self.decoder.config.tie_word_embeddings else None
+
+    def tie_head(self) -> None:
+        """Makes the head's weight the token embeddings, where the configuration ties them."""
+        if self.tied_head:
+            self.head.weight = self.decoder.embed_tokens.weight
+
+    def vision_features(self, image: VisionInput) -> VisionFeatures:
+        """The vision encoder on one image."""
+        raise NotImplementedError
+
+    def hidden_states(self, prompt: Prompt, vision: VisionFeatures) -> TextStates:
+        """The language model's last states; no language model head is run."""
+        raise NotImplementedError
+
+    def generate(self, question: Prompt, vision: VisionFeatures, stop_token_ids: list[int], max_tokens: int) -> Tensor:
+        """Greedy decoding after B questions of equal length; returns the new token ids, (B, up to max_tokens)."""
+        raise NotImplementedError
+
+    def forward(self, prompt: Prompt, vision: VisionFeatures, sam2: Sam2Features | Tensor) -> Output:
         """Masks for B samples from the features of their images and their teacher-forced prompts.
 
         Args:
             prompt: token ids with one [SEG] each.
-            vision_tokens_TNC: the batch's vision tokens, tiles in the order of the samples.
+            vision: the batch's vision tokens, images in the order of the samples.
             sam2: SAM2's features, one row per sample; or, where its encoder trains, its input images (B, 3, H, W).
         """
         sam2_features = self.sam2_features(sam2) if isinstance(sam2, Tensor) else sam2
-        hidden_BLC = self.hidden_states(prompt.input_ids_BL, vision_tokens_TNC)
-        rows_B = torch.arange(len(hidden_BLC), device=hidden_BLC.device)
-        seg_state_BC = hidden_BLC[rows_B, prompt.seg_position_B]
+        states = self.hidden_states(prompt, vision)
+        rows_B = torch.arange(len(states.seg_BLC), device=states.seg_BLC.device)
+        seg_state_BC = states.seg_BLC[rows_B, prompt.seg_position_B]
         masks = self.decode_masks(self.text_hidden_fcs(seg_state_BC)[:, None], sam2_features)
-        text_loss = None if prompt.labels_BL is None else self.text_loss(hidden_BLC, prompt.labels_BL)
+        text_loss = None if prompt.labels_BL is None else self.text_loss(states.normed_BLC, prompt.labels_BL)
         return Output(masks, seg_state_BC, text_loss)
-
-    def vision_tokens(self, tiles_T3HW: Tensor) -> Tensor:
-        """Image tiles -> vision tokens in the language model's space, (T, tokens per tile, C)."""
-        if self.settings.select_layer == -1:
-            states = self.vision_model(pixel_values=tiles_T3HW).last_hidden_state
-        else:
-            outputs = self.vision_model(pixel_values=tiles_T3HW, output_hidden_states=True)
-            states = outputs.hidden_states[self.settings.select_layer]
-        patches = states[:, 1:]  # without the class token
-        return self.mlp1(_pixel_shuffle(patches, self.settings.downsample_ratio, self.settings.ps_version))
 
     def sam2_features(self, images_B3HW: Tensor, *, project: bool = True) -> Sam2Features:
         """SAM2's image encoder; `project` applies conv_s0 and conv_s1, which belong to the mask decoder."""
@@ -139,22 +206,16 @@ class Sa2VA(nn.Module):
         features = Sam2Features(level0, level1, embedding, projected=False)
         return self._project(features) if project else features
 
-    def hidden_states(self, input_ids_BL: Tensor, vision_tokens_TNC: Tensor) -> Tensor:
-        """Final (normed) hidden states of the language model, (B, L, C); no language model head is run."""
-        embeddings_BLC = self.input_embeddings(input_ids_BL, vision_tokens_TNC)
-        return self.language_model.model(inputs_embeds=embeddings_BLC, use_cache=False).last_hidden_state
-
-    def input_embeddings(self, input_ids_BL: Tensor, vision_tokens_TNC: Tensor) -> Tensor:
+    def input_embeddings(self, input_ids_BL: Tensor, vision: VisionFeatures) -> Tensor:
         """Token embeddings with the vision tokens written over the image place holders."""
-        embeddings_BLC = self.language_model.get_input_embeddings()(input_ids_BL)
-        vision_MC = vision_tokens_TNC.reshape(-1, embeddings_BLC.shape[-1]).to(embeddings_BLC.dtype)
+        embeddings_BLC = self.decoder.embed_tokens(input_ids_BL)
         places_BL1 = (input_ids_BL == self.image_token_id)[..., None]
-        return embeddings_BLC.masked_scatter(places_BL1, vision_MC)
+        return embeddings_BLC.masked_scatter(places_BL1, vision.tokens_MC.to(embeddings_BLC.dtype))
 
     def text_loss(self, hidden_BLC: Tensor, labels_BL: Tensor) -> Tensor:
         """Mean cross entropy in fp32 over the labelled positions; the head runs on those alone."""
         labelled_BL = labels_BL != -100
-        logits = self.language_model.get_output_embeddings()(hidden_BLC[labelled_BL]).float()
+        logits = self.head(hidden_BLC[labelled_BL]).float()
         return functional.cross_entropy(logits, labels_BL[labelled_BL])
 
     def decode_masks(self, seg_embedding_BPD: Tensor, features: Sam2Features) -> Masks:
@@ -176,33 +237,14 @@ class Sa2VA(nn.Module):
         rows = torch.arange(batch * prompts, device=candidates.device)
         return Masks(candidates[rows, predicted_iou.argmax(-1)], candidates, predicted_iou)
 
-    @torch.no_grad()
-    def generate(
-        self, input_ids_BL: Tensor, vision_tokens_TNC: Tensor, stop_token_ids: list[int], max_tokens: int
-    ) -> Tensor:
-        """Greedy decoding after B questions of equal length; returns the new token ids, (B, up to max_tokens)."""
-        embeddings_BLC = self.input_embeddings(input_ids_BL, vision_tokens_TNC)
-        return self.language_model.generate(
-            inputs_embeds=embeddings_BLC,
-            attention_mask=torch.ones_like(input_ids_BL),
-            do_sample=False,
-            use_cache=True,  # many published configurations say false, which computes the whole prompt for each token
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            max_new_tokens=max_tokens,
-            eos_token_id=stop_token_ids,
-            pad_token_id=stop_token_ids[0],
-        )
-
     def enable_activation_checkpointing(self) -> None:
         """Recomputes each decoder layer in the backward pass; non-reentrant, so frozen inputs do not cut gradients."""
-        model = self.language_model
-        enable = getattr(model, "activation_checkpointing_enable", None)
+        decoder = self.decoder
+        enable = getattr(decoder, "activation_checkpointing_enable", None)
         if enable is not None:
             enable(activation_checkpointing_kwargs={"use_reentrant": False})
         else:  # transformers before 5.20 knows only the older name
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def _project(self, features: Sam2Features) -> Sam2Features:
         decoder = self.sam2.mask_decoder
@@ -231,15 +273,3 @@ def upsample(logits_BHW: Tensor, size_hw: tuple[int, int]) -> Tensor:
     the last digit, elsewhere a few pixels on an outline differ.
     """
     return functional.interpolate(logits_BHW[:, None].float(), size=size_hw, mode="bilinear", align_corners=False)[:, 0]
-
-
-def _pixel_shuffle(patches_TNE: Tensor, ratio: float, version: str) -> Tensor:
-    """Trades side for depth as InternVL does: (T, N, E) on a square grid -> (T, N * ratio^2, E / ratio^2)."""
-    tiles, count, width = patches_TNE.shape
-    side = int(count**0.5)
-    small, wide = int(side * ratio), int(width / ratio)
-    grid = patches_TNE.reshape(tiles, side, small, wide).permute(0, 2, 1, 3)
-    grid = grid.reshape(tiles, small, small, int(wide / ratio))
-    if version == "v2":  # v1 left the grid transposed
-        grid = grid.permute(0, 2, 1, 3)
-    return grid.reshape(tiles, small * small, -1)

@@ -30,10 +30,9 @@ def fill(model: Sa2VA, directory: Path, dtype: torch.dtype, device: torch.device
         UserError: no weights, a shard missing or unreadable; tensors missing, left over or of another shape, listed.
     """
     wanted = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
-    heads = internlm2.heads_of(model.language_model.config)
-    tied = model.language_model.config.tie_word_embeddings
-    if tied:
-        wanted.pop("language_model.lm_head.weight", None)
+    heads = internlm2.heads_of(model.decoder.config)
+    if model.tied_head:
+        wanted.pop(model.tied_head, None)
     rows: dict[str, Tensor] = {}
     left_over, misshapen = [], []
 
@@ -51,7 +50,7 @@ def fill(model: Sa2VA, directory: Path, dtype: torch.dtype, device: torch.device
             del wanted[name]
 
     for published, tensor in _tensors(directory):
-        if tied and key_map.native_name(published, heads) == "language_model.lm_head.weight":
+        if model.tied_head and key_map.native_name(published, heads) == model.tied_head:
             continue  # from_pretrained ties it to the embeddings whatever the file holds
         for name, part in key_map.to_native(published, tensor, heads).items():
             place(name, part)
@@ -59,8 +58,7 @@ def fill(model: Sa2VA, directory: Path, dtype: torch.dtype, device: torch.device
         place(name, whole)
     missing = sorted({key_map.published_name(name, heads) for name in wanted})
     _report_mismatch(directory, missing, left_over, misshapen)
-    if tied:
-        model.language_model.tie_weights()
+    model.tie_head()
     for buffer_owner in model.modules():  # buffers outside the state dict (rotary frequencies) were made on the CPU
         for name in buffer_owner._non_persistent_buffers_set:
             buffer_owner._buffers[name] = buffer_owner._buffers[name].to(device)

@@ -1,8 +1,8 @@
 """ComboLoss on a GPU in one pass forward and one backward, as Triton kernels: nothing per pixel is kept in between.
 
 Takes logits at the masks' size or on a coarser or finer grid, masks and the loss's settings; gives the terms as scalars
-on the device. Logits of another size are interpolated inside the kernels, so that they never exist at the masks' size,
-and their gradient is gathered pixel by pixel of the grid. Sums have a fixed order: equal inputs give equal bits, which
+on the device. Logits of another size are interpolated inside the kernels, so that they never exist at the masks' size;
+their gradient is gathered along y, then along x. Sums have a fixed order: equal inputs give equal bits, which
 torch's own backward of the bilinear interpolation does not (it adds atomically).
 Imports Triton, which comes with torch for CUDA: `losses` imports this file when the first CUDA tensor arrives. Knows
 nothing of configuration, model and loop.
@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 
 PIXELS = 2048  # a program of the forward and of the direct backward
 SUMS = 5  # per image: sum p m, sum p, sum m, focal, bce
-COLUMNS = 64  # of the grid, a program of the gather
-TILE_ROWS, TILE_COLUMNS = 8, 64  # pixels it evaluates together
+ROWS, COLUMNS = 8, 128  # a program of the gather along y: rows of the grid, columns of pixels
+LOGITS = 256  # a program of the gather along x
 
 
 class Weights(NamedTuple):
@@ -95,9 +95,14 @@ class _Combo(torch.autograd.Function):
         if (grid_h, grid_w) == (height, width):
             _gradient_kernel[(triton.cdiv(pixels, PIXELS), images)](*tensors, pixels, *settings, PIXELS=PIXELS)
         else:
-            _grid_gradient_kernel[(triton.cdiv(grid_w, COLUMNS), grid_h, images)](
-                *tensors, height, width, grid_h, grid_w, grid_h / height, grid_w / width, *settings,
-                COLUMNS=COLUMNS, TILE_ROWS=TILE_ROWS, TILE_COLUMNS=TILE_COLUMNS,
+            gathered_BhW = slopes_B2.new_empty(images, grid_h, width)
+            _gather_rows_kernel[(triton.cdiv(width, COLUMNS), triton.cdiv(grid_h, ROWS), images)](
+                *tensors[:4], gathered_BhW, height, width, grid_h, grid_w, grid_h / height, grid_w / width, *settings,
+                ROWS=ROWS, COLUMNS=COLUMNS,
+            )  # fmt: skip
+            _gather_columns_kernel[(triton.cdiv(gradient_Bhw.numel(), LOGITS),)](
+                gathered_BhW, gradient_Bhw, gradient_Bhw.numel(), width, grid_w, grid_w / width,
+                -(-2 * width // grid_w) + 1, LOGITS=LOGITS,
             )  # fmt: skip
         return gradient_Bhw, None, None
 
@@ -170,60 +175,76 @@ def _gradient_kernel(
 
 
 @triton.jit
-def _grid_gradient_kernel(
-    logits, masks, slopes, total_gradient, gradient, height, width, grid_h, grid_w, scale_y, scale_x,
-    focal_share, bce_share, alpha, gamma,
-    COLUMNS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+def _gather_rows_kernel(
+    logits, masks, slopes, total_gradient, gathered, height, width, grid_h, grid_w, scale_y, scale_x,
+    focal_share, bce_share, alpha, gamma, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # A part of one row of the grid gathers from the pixels that looked at it: tiles of pixels are weighted and summed
-    # along y, then spread over the grid's columns. A pixel is evaluated by two rows of the grid; no two programs write
-    # to one place.
-    first_column, grid_row, image = tl.program_id(0) * COLUMNS, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    column = first_column + tl.arange(0, COLUMNS)
-    logits += image * grid_h * grid_w
-    masks += image * height * width
+    # Goes down some rows of the grid, at columns of pixels: what lies between a row and the next is evaluated once and
+    # shared out among the two. Begins one row early, for what its first row gets from above.
+    x = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    first, image = tl.program_id(1) * ROWS, tl.program_id(2).to(tl.int64)
+    left, right, near = _taps(x, scale_x, grid_w)
+    grid, truth = logits + image * grid_h * grid_w, masks + image * height * width
+    out = gathered + image * grid_h * width
     on_vessel, on_background = tl.load(slopes + 2 * image), tl.load(slopes + 2 * image + 1)
-    y_start, y_end = _looking(grid_row, grid_row, scale_y, height)
-    x_start, x_end = _looking(first_column, tl.minimum(first_column + COLUMNS, grid_w) - 1, scale_x, width)
-    gathered = tl.zeros((COLUMNS,), tl.float32)
-    for x_tile in range(x_start, x_end, TILE_COLUMNS):
-        x = x_tile + tl.arange(0, TILE_COLUMNS)
-        left, right, near = _taps(x, scale_x, grid_w)
-        strip = tl.zeros((TILE_COLUMNS,), tl.float32)
-        for y_tile in range(y_start, y_end, TILE_ROWS):
-            y = y_tile + tl.arange(0, TILE_ROWS)
+    factor = tl.load(total_gradient)
+    from_above = tl.zeros((COLUMNS,), tl.float32)
+    begin = tl.maximum(first - 1, 0)
+    for step in range(0, tl.minimum(first + ROWS, grid_h) - begin):
+        row = begin + step
+        start, end = _between(row, scale_y, height)
+        own, below = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+        for down in range(0, end - start):
+            y = start + down
             top, bottom, low = _taps(y, scale_y, grid_h)
-            inside = (y < y_end)[:, None] & (x < x_end)[None, :]
-            vessel = tl.load(masks + y[:, None] * width + x[None, :], mask=inside, other=0) != 0
-            logit = _interpolated(
-                logits, (top * grid_w)[:, None], (bottom * grid_w)[:, None], low[:, None],
-                left[None, :], right[None, :], near[None, :],
-            )  # fmt: skip
+            vessel = tl.load(truth + y * width + x, mask=x < width, other=0) != 0
+            logit = _interpolated(grid, top * grid_w, bottom * grid_w, low, left, right, near)
             slope = _slope(logit, vessel, on_vessel, on_background, focal_share, bce_share, alpha, gamma)
-            share = tl.where(top == grid_row, 1.0 - low, 0.0) + tl.where(bottom == grid_row, low, 0.0)
-            strip += tl.sum(tl.where(inside, share[:, None] * slope, 0.0), axis=0)
-        # On the last column left and right are one place, and both shares count.
-        share_left = tl.where(left[:, None] == column[None, :], (1.0 - near)[:, None], 0.0)
-        share_right = tl.where(right[:, None] == column[None, :], near[:, None], 0.0)
-        gathered += tl.sum(strip[:, None] * (share_left + share_right), axis=0)
-    place = gradient + (image * grid_h + grid_row) * grid_w + column
-    gathered *= tl.load(total_gradient)
-    tl.store(place, gathered.to(gradient.dtype.element_ty), mask=column < grid_w)
+            # The range is a little generous, and below the last row both shares are its own.
+            own += slope * tl.where(top == row, tl.where(bottom == row, 1.0, 1.0 - low), 0.0)
+            below += slope * tl.where((top == row) & (bottom != row), low, 0.0)
+        tl.store(out + row * width + x, factor * (from_above + own), mask=x < tl.where(row >= first, width, 0))
+        from_above = below
+
+
+@triton.jit
+def _gather_columns_kernel(
+    gathered, gradient, count, width, grid_w, scale_x, span, LOGITS: tl.constexpr
+):  # fmt: skip
+    # The rows of all images one below the other; `span` is the most pixels that look at a logit.
+    place = tl.program_id(0).to(tl.int64) * LOGITS + tl.arange(0, LOGITS)
+    row, column = place // grid_w, (place % grid_w).to(tl.int32)
+    start, end = _looking(column, scale_x, width)
+    sums = tl.zeros((LOGITS,), tl.float32)
+    for step in range(0, span):
+        x = start + step
+        left, right, near = _taps(x, scale_x, grid_w)
+        share = tl.where(left == column, 1.0 - near, 0.0) + tl.where(right == column, near, 0.0)
+        sums += share * tl.load(gathered + row * width + x, mask=(x < end) & (place < count), other=0.0)
+    tl.store(gradient + place, sums.to(gradient.dtype.element_ty), mask=place < count)
 
 
 @triton.jit
 def _taps(position, scale, size):
     # torch's align_corners=False: the two neighbours in the grid, and the share of the second.
-    source = tl.maximum((position.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
+    source = tl.maximum((position + 0.5) * scale - 0.5, 0.0)
     first = tl.minimum(source.to(tl.int32), size - 1)
     return first, tl.minimum(first + 1, size - 1), tl.minimum(source - first.to(tl.float32), 1.0)
 
 
 @triton.jit
-def _looking(first, last, scale, size):
-    # Pixels (start, end) with a neighbour in first..last; a tenth of a pixel absorbs the rounding of the division.
-    start = tl.ceil((first - 0.5) / scale - 0.6).to(tl.int32)
-    end = tl.floor((last + 1.5) / scale - 0.4).to(tl.int32) + 1
+def _between(row, scale, size):
+    # Pixels (start, end) whose first neighbour is this row; a tenth of a pixel absorbs the rounding of the division.
+    start = tl.where(row == 0, 0.0, tl.ceil((row + 0.5) / scale - 0.6)).to(tl.int32)
+    end = tl.floor((row + 1.5) / scale - 0.4).to(tl.int32) + 1
+    return start, tl.minimum(end, size)
+
+
+@triton.jit
+def _looking(column, scale, size):
+    # Pixels (start, end) with this neighbour, as above.
+    start = tl.ceil((column - 0.5) / scale - 0.6).to(tl.int32)
+    end = tl.floor((column + 1.5) / scale - 0.4).to(tl.int32) + 1
     return tl.maximum(start, 0), tl.minimum(end, size)
 
 

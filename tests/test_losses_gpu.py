@@ -70,7 +70,9 @@ def assert_equal_the_formulas(logits, masks, tolerance=EXACT, config=CONFIG):
     assert list(actual) == list(expected)
     for name, value in actual.items():
         assert value.dtype == torch.float32 and value.shape == ()
-        torch.testing.assert_close(value.double(), expected[name], rtol=tolerance, atol=1e-7, msg=name)
+        torch.testing.assert_close(
+            value.double(), expected[name], rtol=tolerance, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+        )
     torch.testing.assert_close(gradient.double(), exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())
 
 
@@ -198,11 +200,11 @@ def test_combo_takes_the_kernels_on_a_gpu_and_the_formulas_for_fp64():
 
 @pytest.mark.skipif(INTERPRETED, reason="needs CUDA's figures")
 def test_logits_never_exist_at_the_masks_size():
-    """Forward and backward of 8 x 1024 x 1024 stay far below its 32 MiB of fp32 logits."""
+    """Forward and backward of 8 x 1024 x 1024 take 2 MiB of gradient, 8 MiB gathered along y and a few sums, not 32."""
     logits, masks = inputs((8, 256, 256), (1024, 1024))
     with_gradient(partial(losses.combo, config=CONFIG), logits, masks)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     with_gradient(partial(losses.combo, config=CONFIG), logits, masks)
-    assert torch.cuda.max_memory_allocated() - before < 4 * 2**20
+    assert torch.cuda.max_memory_allocated() - before < 12 * 2**20

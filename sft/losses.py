@@ -1,40 +1,63 @@
 """ComboLoss and its terms: pure functions of mask logits and masks.
 
-Takes logits (before the sigmoid) and binary masks of the same size, the mask's own; gives one value per image for each
-term, or the weighted sum over the batch. Knows nothing of the model, of the loop or of thresholds.
+Takes logits (before the sigmoid) and binary masks, whose size is the loss's; gives one value per image for each term,
+or the weighted sum over the batch. Knows nothing of the model, of the loop or of thresholds.
 
-Shapes: B images, H x W pixels. Computed in fp32: fp16 and bf16 logits are cast first, fp64 stays. Every finite logit
-gives a finite value and a finite gradient: no term takes the logarithm of a probability.
+Shapes: B images, H x W pixels, h x w grid of the mask decoder. Computed in fp32: fp16 and bf16 logits are cast first,
+fp64 stays. Every finite logit gives a finite value and a finite gradient: no term takes the logarithm of a probability.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import interpolate, logsigmoid
 
 from sft.config import TrainConfig
 
 
-def combo(logits_BHW: Tensor, masks_BHW: Tensor, config: TrainConfig) -> dict[str, Tensor]:
+def combo(logits_Bhw: Tensor, masks_BHW: Tensor, config: TrainConfig) -> dict[str, Tensor]:
     """ComboLoss: dice_weight x Dice + focal_weight x Focal + bce_weight x BCE, each the mean over images of its term.
 
+    Logits of another size than the masks are brought to it as `upsample` of the model does: bilinear in fp32. On a GPU
+    that happens inside the loss (loss_kernels.py), in one pass forward and one backward whose gradient is the same bits
+    on every run; on a CPU, and for fp64, by the formulas of this file.
+
     Args:
-        logits_BHW: mask logits at the masks' own size, any floating type.
-        masks_BHW: 0/1 or bool.
+        logits_Bhw: mask logits on a grid of any size, any floating type.
+        masks_BHW: bool or integers 0/1, at their own size.
         config: gives dice_weight, focal_weight, bce_weight, dice_smooth, focal_alpha and focal_gamma.
 
     Returns:
-        Scalars: "dice", "focal" and "bce" without their weights, and "total" with them.
+        Scalars: "dice", "focal" and "bce" without their weights, for the log, and "total" with them, which alone has a
+        gradient.
 
     Raises:
-        ValueError: logits and masks differ in shape, or are not (B, H, W).
+        ValueError: not one mask (H, W) for each (h, w) of logits, or masks of a floating type.
     """
+    if logits_Bhw.ndim != 3 or masks_BHW.ndim != 3 or len(logits_Bhw) != len(masks_BHW):
+        raise ValueError(
+            f"logits {tuple(logits_Bhw.shape)} and masks {tuple(masks_BHW.shape)} must be (B, h, w) and (B, H, W)"
+        )
+    if masks_BHW.is_floating_point():
+        raise ValueError(f"masks of {masks_BHW.dtype} must be bool or integers 0/1")
+    if logits_Bhw.is_cuda and logits_Bhw.dtype != torch.float64:
+        return _by_kernels(logits_Bhw, masks_BHW, config)
+    # Cast here, not in each term: the gradients of the terms are summed before they are rounded to bf16.
+    logits_Bhw = logits_Bhw.to(torch.promote_types(logits_Bhw.dtype, torch.float32))
+    if logits_Bhw.shape != masks_BHW.shape:
+        size = masks_BHW.shape[1:]
+        logits_Bhw = interpolate(logits_Bhw[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    return by_formulas(logits_Bhw, masks_BHW, config)
+
+
+def by_formulas(logits_BHW: Tensor, masks_BHW: Tensor, config: TrainConfig) -> dict[str, Tensor]:
+    """`combo` from the three functions below, for logits at the masks' own size, on any device."""
     terms = {
         "dice": dice_loss(logits_BHW, masks_BHW, config.dice_smooth).mean(),
         "focal": focal_loss(logits_BHW, masks_BHW, config.focal_alpha, config.focal_gamma).mean(),
         "bce": bce_loss(logits_BHW, masks_BHW).mean(),
     }
     total = config.dice_weight * terms["dice"] + config.focal_weight * terms["focal"] + config.bce_weight * terms["bce"]
-    return terms | {"total": total}
+    return {name: value.detach() for name, value in terms.items()} | {"total": total}
 
 
 def dice_loss(logits_BHW: Tensor, masks_BHW: Tensor, smooth: float) -> Tensor:
@@ -94,6 +117,20 @@ def bce_loss(logits_BHW: Tensor, masks_BHW: Tensor) -> Tensor:
     """
     logits_BHW, masks_BHW = _prepare(logits_BHW, masks_BHW)
     return -logsigmoid(_margin(logits_BHW, masks_BHW)).mean((1, 2))
+
+
+def _by_kernels(logits_Bhw: Tensor, masks_BHW: Tensor, config: TrainConfig) -> dict[str, Tensor]:
+    from sft import loss_kernels  # imports Triton, which torch for CPUs does not bring
+
+    weights = loss_kernels.Weights(
+        dice=config.dice_weight,
+        focal=config.focal_weight,
+        bce=config.bce_weight,
+        smooth=config.dice_smooth,
+        alpha=config.focal_alpha,
+        gamma=config.focal_gamma,
+    )
+    return loss_kernels.combo(logits_Bhw, masks_BHW, weights)
 
 
 def _prepare(logits_BHW: Tensor, masks_BHW: Tensor) -> tuple[Tensor, Tensor]:

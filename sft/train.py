@@ -128,9 +128,13 @@ def train_step(run: Run, batch: Batch, watch: Stopwatch) -> dict[str, Tensor]:
 
 def loss_terms(masks: Masks, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
     """ComboLoss at each mask's native size: images of one size together, then the mean over images."""
+    groups = _rows_by_size(batch)
+    if len(groups) == 1:  # nothing to gather and nothing to weigh
+        return losses.combo(masks.logits_Bhw, torch.stack(batch.masks), config)
     sums: dict[str, Tensor] = {}
-    for rows, logits_BHW, truth_BHW in _by_size(masks, batch):
-        terms = losses.combo(logits_BHW, truth_BHW, config)
+    for rows in groups:
+        truth_BHW = torch.stack([batch.masks[row] for row in rows])
+        terms = losses.combo(masks.logits_Bhw[rows], truth_BHW, config)
         share = len(rows) / len(batch.masks)
         sums = {name: sums.get(name, 0) + share * value for name, value in terms.items()}
     return sums
@@ -313,11 +317,17 @@ def dry_run(config: TrainConfig) -> Result:
 
 def _by_size(masks: Masks, batch: Batch) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Yields the rows of the batch whose masks have one size, with their logits and masks (b, H, W) at that size."""
-    rows_of: dict[tuple[int, int], list[int]] = {}
+    for rows in _rows_by_size(batch):
+        truth_BHW = torch.stack([batch.masks[row] for row in rows])
+        yield rows, upsample(masks.logits_Bhw[rows], tuple(truth_BHW.shape[1:])), truth_BHW
+
+
+def _rows_by_size(batch: Batch) -> list[list[int]]:
+    """Rows of the batch whose masks have one size, together."""
+    rows_of: dict[tuple[int, ...], list[int]] = {}
     for row, mask in enumerate(batch.masks):
         rows_of.setdefault(tuple(mask.shape), []).append(row)
-    for size, rows in rows_of.items():
-        yield rows, upsample(masks.logits_Bhw[rows], size), torch.stack([batch.masks[row] for row in rows])
+    return list(rows_of.values())
 
 
 def _predicted(logits_BHW: Tensor, batch: Batch, rows: list[int], config: TrainConfig) -> dict[str, np.ndarray]:

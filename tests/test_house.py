@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("launch", "tune")
 # A room uses rooms of the layers before its own, never of its own or of later ones.
 LAYERS = (
-    ("settings", "metrics", "stopwatch"),
+    ("settings", "metrics", "stopwatch", "loss_kernels"),
     ("config", "ranks"),
     ("devices", "feature_store", "finite", "flat", "losses", "synthetic", "zero_json"),
     ("data", "engine", "memory", "model", "report"),
@@ -35,6 +35,7 @@ OWNERS = {
     "tokenizers": ("sft/model/",),
     "sentencepiece": ("sft/model/internlm2_tokenizer.py",),
     "accelerate": ("sft/model/",),
+    "triton": ("sft/loss_kernels.py",),
     "tqdm": ("sft/report/",),
     "tensorboard": ("sft/report/",),
 }

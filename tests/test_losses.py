@@ -7,6 +7,7 @@ import torch
 
 from sft.config import TrainConfig
 from sft.losses import bce_loss, combo, dice_loss, focal_loss
+from sft.model.sa2va import upsample
 
 # Logits with round probabilities: sigmoid(log 3) = 3/4, sigmoid(-log 3) = 1/4, sigmoid(0) = 1/2.
 LOG3 = math.log(3)
@@ -165,3 +166,42 @@ def test_combo_compiles_into_one_graph_with_the_same_values_and_gradients():
 def test_shapes_that_would_broadcast_are_refused(masks_shape):
     with pytest.raises(ValueError, match="must both be"):
         bce_loss(torch.zeros(2, 4, 4), torch.zeros(masks_shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(8, 8), (32, 32), (13, 21), (5, 3)], ids=str)
+def test_combo_on_a_grid_is_the_combo_of_the_logits_as_the_model_enlarges_them(size, dtype):
+    """Training and validation must see one and the same mask."""
+    generator = torch.Generator().manual_seed(4)
+    logits = (3 * torch.randn(2, 8, 8, generator=generator)).to(dtype).requires_grad_()
+    masks = torch.rand(2, *size, generator=generator) < 0.3
+    config = TrainConfig(dice_weight=2.0, focal_weight=3.0, bce_weight=0.5)
+    on_grid, enlarged = combo(logits, masks, config), combo(upsample(logits, size), masks, config)
+    assert all(torch.equal(on_grid[name], enlarged[name]) for name in enlarged)
+    gradients = [torch.autograd.grad(terms["total"], logits)[0] for terms in (on_grid, enlarged)]
+    assert torch.equal(*gradients)
+
+
+def test_combo_keeps_fp64_on_a_grid_and_its_gradient_agrees_with_finite_differences():
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    masks = torch.rand(2, 7, 5, generator=generator) < 0.4
+    assert torch.autograd.gradcheck(lambda logits: combo(logits, masks, TrainConfig())["total"], (logits,))
+
+
+def test_total_alone_has_a_gradient():
+    """On every device: the terms are for the log."""
+    terms = combo(torch.zeros(1, 4, 4, requires_grad=True), torch.ones(1, 4, 4, dtype=torch.bool), TrainConfig())
+    assert [name for name, value in terms.items() if value.requires_grad] == ["total"]
+
+
+@pytest.mark.parametrize("shapes", [((2, 4, 4), (1, 8, 8)), ((2, 1, 4, 4), (2, 4, 4)), ((2, 4, 4), (2, 1, 4, 4))])
+def test_combo_refuses_what_is_not_one_mask_for_each_image(shapes):
+    with pytest.raises(ValueError, match="must be"):
+        combo(torch.zeros(shapes[0]), torch.zeros(shapes[1], dtype=torch.bool), TrainConfig())
+
+
+def test_combo_refuses_soft_masks():
+    """The kernels would take 0.3 for 1, the formulas would not."""
+    with pytest.raises(ValueError, match="must be bool or integers"):
+        combo(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4), TrainConfig())

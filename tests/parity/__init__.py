@@ -1,0 +1,25 @@
+"""Proof that what we compute is what the published code computes, number by number.
+
+Two processes, since the published code needs an older transformers and packages that ours does without:
+
+- the reference, `published.py` (with `shrink.py`): runs under a Python of its own against a checkout of the published
+  code, builds small checkpoints with the published classes, fills every weight from a seed, saves the directory as
+  `save_pretrained` does, runs the published forward and writes what came out;
+- ours, `test_parity.py` (with `native.py`): loads that directory natively, computes the same and compares.
+
+`cases.py` (sizes, inputs), `seeded.py` (weights) and `figures.py` (digests, tolerances) serve both and need numpy alone.
+`golden/` holds digests of the reference's results; `tests/test_golden.py` regenerates the weights from the seed and
+holds us to them where no published code is installed.
+
+To run the comparison:
+
+    git clone https://github.com/bytedance/Sa2VA ~/Sa2VA
+    python3.11 -m venv ~/sa2va_reference
+    ~/sa2va_reference/bin/pip install torch torchvision transformers==4.57.1 peft==0.17.1 timm einops sentencepiece \
+        accelerate qwen_vl_utils
+    SA2VA_UPSTREAM=~/Sa2VA SA2VA_UPSTREAM_PYTHON=~/sa2va_reference/bin/python pytest tests/parity
+
+Without the two variables these tests are skipped. To write the golden files anew, from `tests/`:
+
+    SA2VA_UPSTREAM=~/Sa2VA ~/sa2va_reference/bin/python -m parity.published golden
+"""

@@ -2,12 +2,12 @@
 
 Two processes, since the published code needs an older transformers and packages that ours does without:
 
-- the reference, `published.py` (with `shrink.py`): runs under a Python of its own against a checkout of the published
-  code, builds small checkpoints with the published classes, fills every weight from a seed, saves the directory as
-  `save_pretrained` does, runs the published forward and writes what came out;
+- the reference, `published.py` (with `shrink.py`, `fused.py`): under a Python of its own and against a checkout of the
+  published code it builds small checkpoints with the published classes, fills every weight from a seed, saves as
+  `save_pretrained` does, runs the published forward and writes down what came out;
 - ours, `test_parity.py` (with `native.py`): loads that directory natively, computes the same and compares.
 
-`cases.py` (sizes, inputs), `seeded.py` (weights) and `figures.py` (digests, tolerances) serve both and need numpy alone.
+`cases.py` (sizes, inputs), `seeded.py` (weights), `figures.py` (digests, tolerances) serve both and need numpy alone.
 `golden/` holds digests of the reference's results; `tests/test_golden.py` regenerates the weights from the seed and
 holds us to them where no published code is installed.
 

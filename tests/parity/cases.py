@@ -21,11 +21,12 @@ GRIDS_THW = ((1, 4, 6), (1, 8, 4))  # Qwen-VL: patches of each image in time, he
 MERGED = 4  # Qwen-VL: patches that make one token
 LORA_RANK, LORA_ALPHA = 4, 8
 
-WORDS = (
-    "<|endoftext|> <|im_end|> <|im_start|> <unk> <img> </img> <IMG_CONTEXT> [SEG] <p> </p> <vp> </vp> <|end|> <|user|> "
-    "<|assistant|> <|eot_id|> <|start_header_id|> <|end_header_id|> <|vision_start|> <|image_pad|> <|vision_end|> "
-    "<|video_pad|> user assistant Please segment the vessels in this image left right Sure It is . ,"
-).split() + ["\n"]
+_WORDS = """
+<|endoftext|> <|im_end|> <|im_start|> <unk> <img> </img> <IMG_CONTEXT> [SEG] <p> </p> <vp> </vp> <|end|> <|user|>
+<|assistant|> <|eot_id|> <|start_header_id|> <|end_header_id|> <|vision_start|> <|image_pad|> <|vision_end|>
+<|video_pad|> user assistant Please segment the vessels in this image left right Sure It is . ,
+"""
+WORDS = [*_WORDS.split(), "\n"]
 SPECIAL = 22  # so many of them are special tokens
 VOCABULARY = 64
 
@@ -208,7 +209,7 @@ def write_tokenizer(directory: Path) -> None:
 def _prompts(words: tuple[str, str, str], counts: list[int]) -> dict[str, np.ndarray]:
     start, token, end = words
     questions = ("Please segment the vessels in this image .", "segment the left vessels")
-    answer = "Sure , [SEG] . <|im_end|>".split()
+    answer = ["Sure", ",", "[SEG]", ".", "<|im_end|>"]
     rows = []
     for question, count in zip(questions, counts, strict=True):
         head = ["<|im_start|>", "user", "\n", start, *[token] * count, end, "\n", *question.split(), "<|im_end|>", "\n"]
@@ -216,7 +217,9 @@ def _prompts(words: tuple[str, str, str], counts: list[int]) -> dict[str, np.nda
     longest = max(map(len, rows))
     ids_BL = np.array([[WORDS.index(word) for word in row + ["<|endoftext|>"] * (longest - len(row))] for row in rows])
     mask_BL = np.array([[index < len(row) for index in range(longest)] for row in rows])
-    answers_BL = np.array([[0 <= index - len(row) + len(answer) < len(answer) for index in range(longest)] for row in rows])
+    answers_BL = np.array(
+        [[0 <= index - len(row) + len(answer) < len(answer) for index in range(longest)] for row in rows]
+    )
     return {
         "input_ids": ids_BL,
         "attention_mask": mask_BL,

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from parity import cases, seeded
 from sft.config import TrainConfig
-from sft.model import key_map, lora, published
+from sft.model import lora, published
 from sft.model.sa2va import Output, Prompt, Sam2Features
+
+FAMILIES = ("internvl",)  # those that load natively
 
 
 def write_checkpoint(name: str, tensors: dict[str, tuple[int, ...]], directory: Path) -> None:
@@ -38,38 +40,35 @@ def run(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 def forward(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
     """The model's own pieces, then its forward as training calls it."""
-    dtype = model.text_hidden_fcs[0].weight.dtype
+    dtype = next(model.text_hidden_fcs.parameters()).dtype
     vision = _vision(model, arrays, dtype)
     features = model.sam2_features(torch.from_numpy(arrays["sam2_images"]).to(dtype))
     output = model(_prompt(arrays), vision, features)
     return _vision_results(vision) | _results(output, features)
 
 
-def wrap(directory: Path, model: nn.Module, **settings) -> tuple[nn.Module, TrainConfig]:
-    """LoRA on the language model, A and B from the seed under their published names."""
+def wrap(directory: Path, model: nn.Module, **settings) -> nn.Module:
+    """LoRA on the language model, A and B from the seed."""
     given = {"lora_rank": cases.LORA_RANK, "lora_alpha": cases.LORA_ALPHA, "lora_dropout": 0.0} | settings
-    config = TrainConfig(model_path=str(directory), **given)
-    wrapped = lora.wrap(model, config).eval()
+    wrapped = lora.wrap(model, TrainConfig(model_path=str(directory), **given)).eval()
     for path, parameter in trainable(wrapped).items():
         if ".lora_" in path:
             parameter.data.copy_(torch.from_numpy(seeded.weight(path, tuple(parameter.shape))))
-    return wrapped, config
+    return wrapped
 
 
 def trainable(wrapped: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by their published path."""
-    found = {}
-    for key, parameter in wrapped.named_parameters():
-        if parameter.requires_grad:
-            path = key.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", "")
-            inner, mark, matrix = path.partition(".lora_")
-            found[key_map.published_name(inner) + mark + matrix] = parameter
-    return found
+    """Trainable parameters by their path, without what peft puts around it."""
+    return {
+        key.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", ""): parameter
+        for key, parameter in wrapped.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def run_lora(directory: Path, model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Results and gradients with LoRA on the language model."""
-    wrapped, _ = wrap(directory, model)
+    wrapped = wrap(directory, model)
     results = forward(wrapped.get_base_model(), arrays)
     weights = torch.from_numpy(cases.mask_weights(tuple(results["logits"].shape)))
     (results["text_loss"].sum() + (results["logits"] * weights).sum()).backward()
@@ -78,9 +77,9 @@ def run_lora(directory: Path, model: nn.Module, arrays: dict[str, np.ndarray]) -
     return {f"lora/{key}": value for key, value in kept.items()} | gradients
 
 
-def save_trained_adapter(directory: Path, model: nn.Module, adapter: Path) -> nn.Module:
-    """An adapter as a run would leave it, [SEG]'s projection and the mask decoder trained too; the model with it on."""
-    wrapped, _ = wrap(directory, model, train_modules=("text_hidden_fcs", "mask_decoder"))
+def save_trained_adapter(directory: Path, model: nn.Module, modules: tuple[str, ...], adapter: Path) -> nn.Module:
+    """An adapter as a run would leave it, some modules trained whole besides; gives the model with it on."""
+    wrapped = wrap(directory, model, train_modules=modules)
     with torch.no_grad():
         for path, parameter in trainable(wrapped).items():
             if ".lora_" not in path:

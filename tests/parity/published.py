@@ -5,7 +5,7 @@ published code computes on it (`expected.npz`, `bf16.npz`). With an adapter's di
 the saved checkpoint through peft and writes `adapted.npz`. Needs SA2VA_UPSTREAM and the packages that `parity` names.
 
     python -m parity.published case NAME DIRECTORY
-    python -m parity.published adapter NAME DIRECTORY ADAPTER
+    python -m parity.published adapter NAME DIRECTORY ADAPTER on|merged
     python -m parity.published golden
 """
 
@@ -20,9 +20,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 
-from parity import cases, figures, seeded, shrink
+from parity import cases, figures, fused, seeded, shrink
 
 FOLDERS = {"internvl": "models", "qwen2_5_vl": "models_qwen2_5_vl", "qwen3_vl": "models_qwen3vl"}
+PER_SAMPLE = ("seg_state", "fpn0", "fpn1", "fpn2", "candidate_logits", "predicted_iou", "logits")
 LINEARS = (
     r"(language_model\.model|model\.model\.language_model)\.layers\.\d+\..*"
     r"\.(q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|down_proj|wqkv|wo|w1|w2|w3)"
@@ -35,13 +36,10 @@ def main(arguments: list[str]) -> None:
     match arguments:
         case ["case", name, directory]:
             run_case(name, Path(directory))
-        case ["adapter", name, directory, adapter]:
-            run_adapter(name, Path(directory), Path(adapter))
+        case ["adapter", name, directory, adapter, "on" | "merged" as how]:
+            run_adapter(name, Path(directory), Path(adapter), merged=how == "merged")
         case ["golden"]:
-            for name in cases.CASES:
-                with tempfile.TemporaryDirectory() as directory:
-                    run_case(name, Path(directory))
-                    figures.write(name, dict(np.load(Path(directory) / "expected.npz")))
+            write_golden()
         case _:
             raise SystemExit(__doc__)
 
@@ -50,7 +48,7 @@ def run_case(name: str, directory: Path) -> None:
     """Builds, saves and runs a case in fp32, then in bf16 with two shapes of the batch."""
     published = import_published(name)
     model = build(name, published)
-    save(name, model, directory / "model")
+    save(model, directory / "model")
     arrays = cases.inputs(name)
     with torch.no_grad():
         expected = run(model, arrays)
@@ -63,16 +61,35 @@ def run_case(name: str, directory: Path) -> None:
         bf16 = {f"together/{key}": value for key, value in together.items()}
         bf16 |= {f"alone/{key}": np.concatenate([one[key] for one in alone]) for key in together if key in PER_SAMPLE}
         np.savez(directory / "bf16.npz", **bf16)
-        expected |= run_lora(model, arrays)
+        config = cases.config(name)
+        expected |= run_lora(model, arrays, config.get("llm_config") or config["text_config"])
     np.savez(directory / "expected.npz", **expected)
 
 
-def run_adapter(name: str, directory: Path, adapter: Path) -> None:
-    """The published model with our adapter on it."""
+def write_golden() -> None:
+    """Digests of every case, and what tensors its checkpoint has."""
+    shapes = {}
+    for name in cases.CASES:
+        with tempfile.TemporaryDirectory() as temporary:
+            directory = Path(temporary)
+            run_case(name, directory)
+            figures.write(name, dict(np.load(directory / "expected.npz")))
+            with safe_open(directory / "model" / "model.safetensors", "np") as file:
+                shapes[name] = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    figures.write_tensors(shapes)
+
+
+def run_adapter(name: str, directory: Path, adapter: Path, *, merged: bool) -> None:
+    """The published model with our adapter on it, or merged into it.
+
+    peft before 0.18 puts a wrapper around a module trained whole that takes no call by keywords alone, and that is how
+    the published code calls its mask decoder: there such an adapter has to be merged first.
+    """
     model = load(name, import_published(name), directory / "model")
     model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).eval()
+    model = model.merge_and_unload() if merged else model.get_base_model()
     with torch.no_grad():
-        np.savez(directory / "adapted.npz", **run(model.get_base_model(), cases.inputs(name)))
+        np.savez(directory / "adapted.npz", **run(model, cases.inputs(name)))
 
 
 def import_published(name: str) -> dict:
@@ -87,7 +104,6 @@ def import_published(name: str) -> dict:
         shrink.sam2(modules["sam2"], native["sam2_config"])
         modules["sam2"].is_shrunk = True
     shrink.run_on_cpu()
-    shrink.close_gaps(modules)
     return modules
 
 
@@ -104,13 +120,10 @@ def build(name: str, published: dict) -> torch.nn.Module:
     return shrink.ready(model.requires_grad_(False))
 
 
-def save(name: str, model: torch.nn.Module, directory: Path) -> None:
+def save(model: torch.nn.Module, directory: Path) -> None:
     """The directory as the published conversion leaves it, and a tokenizer."""
     model.save_pretrained(directory)
     cases.write_tokenizer(directory)
-    with safe_open(directory / "model.safetensors", "np") as file:
-        lines = [f"{key} {list(file.get_slice(key).get_shape())}" for key in sorted(file.keys())]
-    (directory.parent / "tensors.txt").write_text("\n".join(lines) + "\n")
 
 
 def load(name: str, published: dict, directory: Path) -> torch.nn.Module:
@@ -118,9 +131,6 @@ def load(name: str, published: dict, directory: Path) -> torch.nn.Module:
     config = shrink.configuration(published["configuration"], cases.config(name))
     model = _class(published).from_pretrained(directory, config=config, use_flash_attn=False, torch_dtype=torch.float32)
     return shrink.ready(model.eval().requires_grad_(False))
-
-
-PER_SAMPLE = ("seg_state", "fpn0", "fpn1", "fpn2", "candidate_logits", "predicted_iou", "logits")
 
 
 def run(model: torch.nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -131,7 +141,7 @@ def run(model: torch.nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.n
 def forward(model: torch.nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """The published pieces in the order of predict_forward, teacher-forced."""
     data = {key: torch.from_numpy(array) for key, array in arrays.items()}
-    dtype = model.text_hidden_fcs[0].weight.dtype
+    dtype = next(model.text_hidden_fcs.parameters()).dtype
     data = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in data.items()}
     language = _internvl_language if hasattr(model, "vision_model") else _qwen_vl_language
     results, outputs = language(model, data)
@@ -141,22 +151,28 @@ def forward(model: torch.nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, 
     return results | _masks(model.grounding_encoder, data["sam2_images"], model.text_hidden_fcs(seg_state_BC))
 
 
-def run_lora(model: torch.nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """LoRA on the language model's linears, A and B from the seed: results and gradients."""
-    settings = LoraConfig(r=cases.LORA_RANK, lora_alpha=cases.LORA_ALPHA, target_modules=LINEARS)
+def run_lora(model: torch.nn.Module, arrays: dict[str, np.ndarray], language: dict) -> dict[str, np.ndarray]:
+    """LoRA on the language model's linears, A and B from the seed: results and gradients, in Llama's terms."""
+    ranks = {"rank_pattern": {"wqkv": 3 * cases.LORA_RANK}, "alpha_pattern": {"wqkv": 3 * cases.LORA_ALPHA}}
+    settings = LoraConfig(r=cases.LORA_RANK, lora_alpha=cases.LORA_ALPHA, target_modules=LINEARS, **ranks)
     wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False).eval()
     matrices = {}
     for key, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
-            path = key.removeprefix("base_model.model.").replace(".default", "")
-            parameter.data.copy_(torch.from_numpy(seeded.weight(path, tuple(parameter.shape))))
+            path = fused.llama_path(key.removeprefix("base_model.model.").replace(".default", ""))
+            shape = tuple(parameter.shape)
+            values = fused.join(path, shape, language) if "wqkv" in path else seeded.weight(path, shape)
+            parameter.data.copy_(torch.from_numpy(values))
             matrices[path] = parameter
     results = forward(wrapped.get_base_model(), arrays)
     weights = torch.from_numpy(cases.mask_weights(tuple(results["logits"].shape)))
     (results["text_loss"].sum() + (results["logits"] * weights).sum()).backward()
-    kept = {key: results[key].detach().numpy() for key in ("seg_state", "text_loss", "logits")}
-    gradients = {f"gradient/{path}": parameter.grad.numpy() for path, parameter in matrices.items()}
-    return {f"lora/{key}": value for key, value in kept.items()} | gradients
+    kept = {f"lora/{key}": results[key].detach().numpy() for key in ("seg_state", "text_loss", "logits")}
+    for path, parameter in matrices.items():
+        gradient = parameter.grad.numpy()
+        parts = fused.split(path, gradient, language) if "wqkv" in path else {path: gradient}
+        kept |= {f"gradient/{key}": part for key, part in parts.items()}
+    return kept
 
 
 def _class(published: dict) -> type:

@@ -29,4 +29,7 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     if "gaussian_matrix" in name:
         return numbers
     fan_in = math.prod(shape[1:])
-    return numbers * np.float32(math.sqrt(3 / fan_in))
+    gain = (
+        0.25 if ".lora_B" in name else 1
+    )  # as after some training; larger ones make attention's gradients ill-conditioned
+    return numbers * np.float32(gain * math.sqrt(3 / fan_in))

@@ -1,6 +1,6 @@
-"""The published code made to run here: SAM2's sizes, no CUDA, small gaps under newer libraries. Reference side alone.
+"""The published code made to run on small checkpoints without CUDA. Reference side alone.
 
-Takes the published modules and patches them in memory; no file of theirs is changed. It does not know the cases' inputs.
+Takes the published modules and patches them in memory; no file of theirs is changed. It does not know the inputs.
 
 The published SAM2 writes its sizes into the functions that build it. Each class that these functions call is wrapped so
 that some keyword arguments get other values, whatever the function says; the classes' own code runs unchanged.
@@ -50,15 +50,11 @@ def run_on_cpu() -> None:
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
 
 
-def close_gaps(modules: dict) -> None:
-    """What the published files expect of older libraries, put back in memory; filled in where a case needs it."""
-
-
 def configuration(module: types.ModuleType, published: dict):
     """The published configuration object of a config.json.
 
-    The published model class knows Phi3ForCausalLM, its configuration class refuses the name: it is told Llama and given
-    the Phi-3 settings after.
+    The published model class knows Phi3ForCausalLM, its configuration class refuses the name: it is told Llama and
+    given the Phi-3 settings after.
     """
     if "llm_config" not in published:
         return module.Sa2VAChatConfigQwen(**published)

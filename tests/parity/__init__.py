@@ -19,7 +19,8 @@ To run the comparison:
         accelerate qwen_vl_utils
     SA2VA_UPSTREAM=~/Sa2VA SA2VA_UPSTREAM_PYTHON=~/sa2va_reference/bin/python pytest tests/parity
 
-Without the two variables these tests are skipped. To write the golden files anew, from `tests/`:
+SA2VA_UPSTREAM_PYTHON_OLD may name a second Python with transformers 4.49.0, which names Qwen2.5-VL tensors otherwise.
+Without the first two variables these tests are skipped. To write the golden files anew, from `tests/`:
 
     SA2VA_UPSTREAM=~/Sa2VA ~/sa2va_reference/bin/python -m parity.published golden
 """

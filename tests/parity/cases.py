@@ -7,6 +7,7 @@ Shapes: B = 2 samples, T = 4 tiles (one, and three), L tokens of the longer prom
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -185,9 +186,30 @@ def mask_weights(shape: tuple[int, ...]) -> np.ndarray:
     return seeded.uniform("mask weights", shape) / np.float32(np.prod(shape[1:]))
 
 
-def write_config(name: str, directory: Path) -> None:
-    """config.json of a case, as short as it may be."""
-    (directory / "config.json").write_text(json.dumps(config(name)))
+def flat(published: dict) -> dict:
+    """A Qwen2.5-VL config.json as transformers before 4.52 wrote it: no text_config, its settings at the top."""
+    top = {key: value for key, value in published.items() if key != "text_config"}
+    text = {key: value for key, value in published["text_config"].items() if key != "model_type"}
+    return text | top
+
+
+def old_name(name: str) -> str:
+    """A Qwen2.5-VL tensor's name as transformers before 4.52 wrote it."""
+    return name.replace("model.model.visual.", "model.visual.").replace("model.model.language_model.", "model.model.")
+
+
+def new_name(name: str) -> str:
+    """The opposite of `old_name`; new names and those of other families stay."""
+    if name.startswith("model.visual."):
+        return f"model.{name}"
+    if re.match(r"model\.model\.(embed_tokens|layers|norm)\.", name):
+        return name.replace("model.model.", "model.model.language_model.", 1)
+    return name
+
+
+def write_config(name: str, directory: Path, *, old: bool = False) -> None:
+    """config.json of a case, as short as it may be; `old` as transformers before 4.52 laid it out."""
+    (directory / "config.json").write_text(json.dumps(flat(config(name)) if old else config(name)))
 
 
 def write_tokenizer(directory: Path) -> None:

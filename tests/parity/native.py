@@ -18,12 +18,16 @@ from sft.model.sa2va import Output, Prompt, Sam2Features
 FAMILIES = ("internvl",)  # those that load natively
 
 
-def write_checkpoint(name: str, tensors: dict[str, tuple[int, ...]], directory: Path) -> None:
-    """The directory that `published.py` saves, without it: config.json, seeded weights, tokenizer."""
+def write_checkpoint(name: str, tensors: dict[str, tuple[int, ...]], directory: Path, *, old: bool = False) -> None:
+    """The directory that `published.py` saves, without it: config.json, seeded weights, tokenizer.
+
+    `old`: Qwen2.5-VL as transformers before 4.52 saved it.
+    """
     directory.mkdir()
     weights = {key: torch.from_numpy(seeded.weight(key, shape)) for key, shape in tensors.items()}
+    weights = {cases.old_name(key) if old else key: weight for key, weight in weights.items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    cases.write_config(name, directory)
+    cases.write_config(name, directory, old=old)
     cases.write_tokenizer(directory)
 
 

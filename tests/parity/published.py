@@ -25,7 +25,7 @@ from parity import cases, figures, fused, seeded, shrink
 FOLDERS = {"internvl": "models", "qwen2_5_vl": "models_qwen2_5_vl", "qwen3_vl": "models_qwen3vl"}
 PER_SAMPLE = ("seg_state", "fpn0", "fpn1", "fpn2", "candidate_logits", "predicted_iou", "logits")
 LINEARS = (
-    r"(language_model\.model|model\.model\.language_model)\.layers\.\d+\..*"
+    r"(language_model\.model|model\.model|model\.model\.language_model)\.layers\.\d+\..*"
     r"\.(q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|down_proj|wqkv|wo|w1|w2|w3)"
 )
 
@@ -116,7 +116,7 @@ def build(name: str, published: dict) -> torch.nn.Module:
         if tensor.data_ptr() in seen:  # the head of tied embeddings
             continue
         seen.add(tensor.data_ptr())
-        tensor.copy_(torch.from_numpy(seeded.weight(key, tuple(tensor.shape))))
+        tensor.copy_(torch.from_numpy(seeded.weight(cases.new_name(key), tuple(tensor.shape))))
     return shrink.ready(model.requires_grad_(False))
 
 
@@ -159,7 +159,8 @@ def run_lora(model: torch.nn.Module, arrays: dict[str, np.ndarray], language: di
     matrices = {}
     for key, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
-            path = fused.llama_path(key.removeprefix("base_model.model.").replace(".default", ""))
+            path = cases.new_name(key.removeprefix("base_model.model.").replace(".default", ""))
+            path = fused.llama_path(path)
             shape = tuple(parameter.shape)
             values = fused.join(path, shape, language) if "wqkv" in path else seeded.weight(path, shape)
             parameter.data.copy_(torch.from_numpy(values))
@@ -189,7 +190,11 @@ def _internvl_language(model, data: dict) -> tuple[dict, object]:
 
 
 def _qwen_vl_language(model, data: dict) -> tuple[dict, object]:
-    vision = model.model.model.get_image_features(data["patches"], data["grids_thw"])
+    inner = model.model.model
+    if hasattr(inner, "get_image_features"):
+        vision = inner.get_image_features(data["patches"], data["grids_thw"])
+    else:  # transformers before 4.52
+        vision = (model.model.visual(data["patches"], grid_thw=data["grids_thw"]),)
     tokens, levels = vision if isinstance(vision[0], list | tuple) else (vision, [])
     results = {"vision_tokens": torch.cat(list(tokens))} | {f"deepstack{i}": level for i, level in enumerate(levels)}
     outputs = model.model(

@@ -57,7 +57,7 @@ def configuration(module: types.ModuleType, published: dict):
     given the Phi-3 settings after.
     """
     if "llm_config" not in published:
-        return module.Sa2VAChatConfigQwen(**published)
+        return _qwen_configuration(module.Sa2VAChatConfigQwen, published)
     language = published["llm_config"]
     if language["architectures"] != ["Phi3ForCausalLM"]:
         return module.Sa2VAChatConfig(**published)
@@ -72,6 +72,14 @@ def ready(model: torch.nn.Module) -> torch.nn.Module:
         model._count = 0  # forward counts its calls
         model.img_context_token_id = cases.WORDS.index("<IMG_CONTEXT>")
     return model
+
+
+def _qwen_configuration(kind: type, published: dict):
+    """Before transformers 4.52 the language model's settings stood at the top, without a text_config."""
+    if "text_config" in kind.sub_configs:
+        return kind(**published)
+    kind.text_config = property(lambda config: config)
+    return kind(**cases.flat(published))
 
 
 def _with(kind: type, changed: dict) -> type:

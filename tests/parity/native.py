@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from parity import cases, seeded
 from sft.config import TrainConfig
 from sft.model import lora, published
-from sft.model.sa2va import Output, Prompt, Sam2Features
+from sft.model.sa2va import Output, Prompt, Sam2Features, upsample
 
 FAMILIES = ("internvl",)  # those that load natively
 
@@ -39,7 +39,9 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
 def run(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Everything that is compared."""
     with torch.no_grad():
-        return {key: tensor.float().numpy() for key, tensor in forward(model, arrays).items()}
+        results = forward(model, arrays)
+        results["inference_logits"] = upsample(results["logits"], arrays["sam2_images"].shape[-2:])
+    return {key: tensor.float().numpy() for key, tensor in results.items()}
 
 
 def forward(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -100,7 +102,7 @@ def _vision(model: nn.Module, arrays: dict[str, np.ndarray], dtype: torch.dtype)
 
 
 def _vision_results(vision) -> dict[str, Tensor]:
-    return {"vision_tokens": vision}
+    return {"vision_tokens": vision.flatten(0, 1)}
 
 
 def _prompt(arrays: dict[str, np.ndarray]) -> Prompt:

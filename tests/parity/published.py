@@ -148,7 +148,10 @@ def forward(model: torch.nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, 
     rows_B = torch.arange(len(data["seg_position"]))
     seg_state_BC = outputs.hidden_states[-1][rows_B, data["seg_position"]]
     results |= {"seg_state": seg_state_BC, "text_loss": outputs.loss[None]}
-    return results | _masks(model.grounding_encoder, data["sam2_images"], model.text_hidden_fcs(seg_state_BC))
+    given = model.grounding_encoder, data["sam2_images"], model.text_hidden_fcs(seg_state_BC)
+    if dtype == torch.float32 and not torch.is_grad_enabled():  # in bf16 it counts on CUDA's autocast
+        results["inference_logits"] = _inference_logits(*given)
+    return results | _masks(*given)
 
 
 def run_lora(model: torch.nn.Module, arrays: dict[str, np.ndarray], language: dict) -> dict[str, np.ndarray]:
@@ -183,7 +186,7 @@ def _class(published: dict) -> type:
 
 def _internvl_language(model, data: dict) -> tuple[dict, object]:
     counts = list(cases.TILES) if len(data["tiles"]) == sum(cases.TILES) else [len(data["tiles"])]
-    vision_tokens = model.extract_feature(data["tiles"])
+    vision_tokens = model.extract_feature(data["tiles"]).flatten(0, 1)
     batch = {key: data[key] for key in ("input_ids", "attention_mask", "labels")}
     batch |= {"pixel_values": list(data["tiles"].split(counts)), "position_ids": None}
     return {"vision_tokens": vision_tokens}, model.forward(batch)
@@ -221,13 +224,24 @@ def _masks(grounding_encoder, images_B3HW: torch.Tensor, embeddings_BD: torch.Te
 
     predictor._forward_sam_heads = catching
     try:
-        state = grounding_encoder.get_sam2_embeddings(images_B3HW)
-        state["device"] = state["storage_device"] = images_B3HW.device
-        grounding_encoder.inject_language_embd(state, [[embedding] for embedding in embeddings_BD])
+        grounding_encoder.inject_language_embd(_state(grounding_encoder, images_B3HW), [[one] for one in embeddings_BD])
     finally:
         del predictor._forward_sam_heads
     names = ("fpn0", "fpn1", "fpn2", "candidate_logits", "predicted_iou", "logits")
     return {name: torch.cat(parts) for name, parts in zip(names, zip(*caught, strict=True), strict=True)}
+
+
+def _inference_logits(grounding_encoder, images_B3HW: torch.Tensor, embeddings_BD: torch.Tensor) -> torch.Tensor:
+    """What predict_forward takes a sigmoid of: each image a video of one frame, propagated, at SAM2's own size."""
+    videos = [_state(grounding_encoder, image[None]) for image in images_B3HW]
+    pairs = zip(videos, embeddings_BD, strict=True)
+    return torch.cat([grounding_encoder.language_embd_inference(video, [one[None]])[:, 0] for video, one in pairs])
+
+
+def _state(grounding_encoder, images_B3HW: torch.Tensor) -> dict:
+    state = grounding_encoder.get_sam2_embeddings(images_B3HW)
+    state["device"] = state["storage_device"] = images_B3HW.device
+    return state
 
 
 def _singles(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:

@@ -19,6 +19,7 @@ TILES = (1, 3)
 TOKENS_PER_TILE = 4
 SAM2_PX, MASK_PX = 128, 32
 GRIDS_THW = ((1, 4, 6), (1, 8, 4))  # Qwen-VL: patches of each image in time, height and width
+PATCH_PX = {"qwen2_5_vl": 14, "qwen3_vl": 16}
 MERGED = 4  # Qwen-VL: patches that make one token
 LORA_RANK, LORA_ALPHA = 4, 8
 
@@ -127,7 +128,9 @@ def _qwen_vl(kind: str, vision: dict, rope: dict) -> dict:
 CASES = {
     "qwen2": _internvl("Qwen2ForCausalLM", "qwen_chat"),
     "qwen2_tied": _internvl("Qwen2ForCausalLM", "qwen_chat", tie_word_embeddings=True),
-    "qwen3": _internvl("Qwen3ForCausalLM", "qwen_chat", top={"select_layer": -2}, head_dim=16),
+    "qwen3": _internvl(
+        "Qwen3ForCausalLM", "qwen_chat", _VIT_300M | {"layer_norm_eps": 1e-3}, top={"select_layer": -2}, head_dim=16
+    ),
     "llama": _internvl("LlamaForCausalLM", "internlm2_chat", _VIT_6B, top={"ps_version": "v1"}),
     "internlm2": _internvl("InternLM2ForCausalLM", "internlm2_chat", bias=False),
     "phi3": _internvl("Phi3ForCausalLM", "phi3_chat", num_key_value_heads=4, original_max_position_embeddings=512),
@@ -174,7 +177,7 @@ def inputs(name: str) -> dict[str, np.ndarray]:
     else:
         counts = [int(np.prod(grid)) // MERGED for grid in GRIDS_THW]
         words = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
-        side = 16 if family(name) == "qwen3_vl" else 14
+        side = PATCH_PX[family(name)]
         rows = sum(counts) * MERGED
         arrays["patches"] = 2 * seeded.uniform("patches", (rows, 3 * 2 * side * side))
         arrays["grids_thw"] = np.array(GRIDS_THW)
@@ -212,8 +215,8 @@ def write_config(name: str, directory: Path, *, old: bool = False) -> None:
     (directory / "config.json").write_text(json.dumps(flat(config(name)) if old else config(name)))
 
 
-def write_tokenizer(directory: Path) -> None:
-    """A word-level tokenizer of WORDS, as PreTrainedTokenizerFast saves one."""
+def write_processor(name: str, directory: Path) -> None:
+    """A word-level tokenizer of WORDS, as PreTrainedTokenizerFast saves one; Qwen-VL's image settings besides."""
     special = [{"id": index, "content": word, "special": True} for index, word in enumerate(WORDS[:SPECIAL])]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     backend = {
@@ -226,6 +229,12 @@ def write_tokenizer(directory: Path) -> None:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     (directory / "tokenizer.json").write_text(json.dumps(backend))
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    if family(name) != "internvl":
+        statistics = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+        sizes = {"patch_size": PATCH_PX[family(name)], "merge_size": 2, "temporal_patch_size": 2}
+        template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        (directory / "preprocessor_config.json").write_text(json.dumps(statistics | sizes))
+        (directory / "chat_template.json").write_text(json.dumps({"chat_template": template}))
 
 
 def _prompts(words: tuple[str, str, str], counts: list[int]) -> dict[str, np.ndarray]:

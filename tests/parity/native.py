@@ -28,7 +28,7 @@ def write_checkpoint(name: str, tensors: dict[str, tuple[int, ...]], directory: 
     weights = {cases.old_name(key) if old else key: weight for key, weight in weights.items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     cases.write_config(name, directory, old=old)
-    cases.write_tokenizer(directory)
+    cases.write_processor(name, directory)
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:

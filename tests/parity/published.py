@@ -48,7 +48,7 @@ def run_case(name: str, directory: Path) -> None:
     """Builds, saves and runs a case in fp32, then in bf16 with two shapes of the batch."""
     published = import_published(name)
     model = build(name, published)
-    save(model, directory / "model")
+    save(name, model, directory / "model")
     arrays = cases.inputs(name)
     with torch.no_grad():
         expected = run(model, arrays)
@@ -120,10 +120,10 @@ def build(name: str, published: dict) -> torch.nn.Module:
     return shrink.ready(model.requires_grad_(False))
 
 
-def save(model: torch.nn.Module, directory: Path) -> None:
-    """The directory as the published conversion leaves it, and a tokenizer."""
+def save(name: str, model: torch.nn.Module, directory: Path) -> None:
+    """The directory as the published conversion leaves it, and a tokenizer of a few words."""
     model.save_pretrained(directory)
-    cases.write_tokenizer(directory)
+    cases.write_processor(name, directory)
 
 
 def load(name: str, published: dict, directory: Path) -> torch.nn.Module:

@@ -82,7 +82,7 @@ def write_golden() -> None:
 def run_adapter(name: str, directory: Path, adapter: Path, *, merged: bool) -> None:
     """The published model with our adapter on it, or merged into it.
 
-    peft before 0.18 puts a wrapper around a module trained whole that takes no call by keywords alone, and that is how
+    peft before 0.20 puts a wrapper around a module trained whole that takes no call by keywords alone, and that is how
     the published code calls its mask decoder: there such an adapter has to be merged first.
     """
     model = load(name, import_published(name), directory / "model")

@@ -3,6 +3,7 @@
 Takes a directory and numpy inputs, gives numpy results under the same names as `published.py`.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from parity import cases, seeded
 from sft.config import TrainConfig
 from sft.model import lora, published
-from sft.model.sa2va import Output, Prompt, Sam2Features, upsample
+from sft.model.sa2va import Layout, Output, Prompt, Sam2Features, VisionFeatures, VisionInput, upsample
 
-FAMILIES = ("internvl",)  # those that load natively
+FAMILIES = ("internvl", "qwen2_5_vl", "qwen3_vl")  # those that load natively
 
 
 def write_checkpoint(name: str, tensors: dict[str, tuple[int, ...]], directory: Path, *, old: bool = False) -> None:
@@ -32,8 +33,10 @@ def write_checkpoint(name: str, tensors: dict[str, tuple[int, ...]], directory: 
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The native model of a directory, frozen."""
-    return published.load(str(directory), dtype=dtype).model.requires_grad_(False)
+    """The native model of a directory, frozen; what makes its positions comes along as `preprocess`."""
+    loaded = published.load(str(directory), dtype=dtype)
+    loaded.model.preprocess = loaded.preprocess
+    return loaded.model.requires_grad_(False)
 
 
 def run(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -47,9 +50,10 @@ def run(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray
 def forward(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
     """The model's own pieces, then its forward as training calls it."""
     dtype = next(model.text_hidden_fcs.parameters()).dtype
-    vision = _vision(model, arrays, dtype)
+    images = _images(arrays)
+    vision = VisionFeatures.join([model.vision_features(image.to("cpu", dtype)) for image in images])
     features = model.sam2_features(torch.from_numpy(arrays["sam2_images"]).to(dtype))
-    output = model(_prompt(arrays), vision, features)
+    output = model(_prompt(model, arrays, [image.layout for image in images]), vision, features)
     return _vision_results(vision) | _results(output, features)
 
 
@@ -97,18 +101,29 @@ def save_trained_adapter(directory: Path, model: nn.Module, modules: tuple[str, 
     return wrapped.get_base_model()
 
 
-def _vision(model: nn.Module, arrays: dict[str, np.ndarray], dtype: torch.dtype):
-    return model.vision_tokens(torch.from_numpy(arrays["tiles"]).to(dtype))
+def _images(arrays: dict[str, np.ndarray]) -> list[VisionInput]:
+    """Each sample's image, and the layout of its vision tokens."""
+    if "tiles" in arrays:
+        side = math.isqrt(cases.TOKENS_PER_TILE)
+        parts = torch.from_numpy(arrays["tiles"]).split(list(cases.TILES))
+        return [VisionInput(part, (len(part), side, side)) for part in parts]
+    merge = math.isqrt(cases.MERGED)
+    layouts = [(frames, rows // merge, columns // merge) for frames, rows, columns in cases.GRIDS_THW]
+    parts = torch.from_numpy(arrays["patches"]).split([math.prod(grid) for grid in cases.GRIDS_THW])
+    return [VisionInput(part, layout) for part, layout in zip(parts, layouts, strict=True)]
 
 
-def _vision_results(vision) -> dict[str, Tensor]:
-    return {"vision_tokens": vision.flatten(0, 1)}
+def _vision_results(vision: VisionFeatures) -> dict[str, Tensor]:
+    levels = [] if vision.deepstack_KMC is None else vision.deepstack_KMC
+    return {"vision_tokens": vision.tokens_MC} | {f"deepstack{index}": level for index, level in enumerate(levels)}
 
 
-def _prompt(arrays: dict[str, np.ndarray]) -> Prompt:
+def _prompt(model: nn.Module, arrays: dict[str, np.ndarray], layouts: list[Layout]) -> Prompt:
     labels_BL = np.full_like(arrays["labels"], -100)
     labels_BL[:, :-1] = arrays["labels"][:, 1:]  # ours stand where they are predicted
-    return Prompt(*(torch.from_numpy(array) for array in (arrays["input_ids"], arrays["seg_position"], labels_BL)))
+    ids_BL = torch.from_numpy(arrays["input_ids"])
+    positions_3BL = model.preprocess.position_ids(ids_BL, layouts)
+    return Prompt(ids_BL, torch.from_numpy(arrays["seg_position"]), torch.from_numpy(labels_BL), positions_3BL)
 
 
 def _results(output: Output, features: Sam2Features) -> dict[str, Tensor]:

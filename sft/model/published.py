@@ -12,6 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import (
     InternVLVisionConfig,
     LlamaConfig,
@@ -159,15 +160,19 @@ def save(
 ) -> int:
     """Writes a complete published directory (one safetensors file); returns the bytes of the weights."""
     directory.mkdir(parents=True, exist_ok=True)
-    state = dict(model.state_dict())
-    if model.language_model.config.tie_word_embeddings:
-        state.pop("language_model.lm_head.weight", None)
-    state = key_map.to_published(state, internlm2.heads_of(model.language_model.config))
-    published = {name: tensor.to(dtype).contiguous().clone() for name, tensor in state.items()}
+    published = {name: tensor.to(dtype).contiguous().clone() for name, tensor in published_state(model).items()}
     save_file(published, directory / weights.FILE, metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(directory)
     return (directory / weights.FILE).stat().st_size
+
+
+def published_state(model: Sa2VA) -> dict[str, Tensor]:
+    """All weights under their published names and in their published shapes; a tied head is absent."""
+    state = dict(model.state_dict())
+    if model.language_model.config.tie_word_embeddings:
+        state.pop("language_model.lm_head.weight", None)
+    return key_map.to_published(state, internlm2.heads_of(model.language_model.config))
 
 
 def _vision_config(published: dict, file: Path) -> InternVLVisionConfig:

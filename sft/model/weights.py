@@ -1,4 +1,4 @@
-"""Safetensors shards -> a native model on its device, one tensor at a time, each place filled once.
+"""Safetensors shards -> a native model on its device, each place filled once, as the tensors come in.
 
 Takes a directory with one file or with shards and their index. It does not know what config.json means.
 """
@@ -7,11 +7,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sft.config import UserError
-from sft.model import internlm2, key_map
+from sft.model import internlm2, key_map, shards
 from sft.model.sa2va import Sa2VA
 
 INDEX, FILE = "model.safetensors.index.json", "model.safetensors"
@@ -29,7 +28,8 @@ def fill(model: Sa2VA, directory: Path, dtype: torch.dtype, device: torch.device
     Raises:
         UserError: no weights, a shard missing or unreadable; tensors missing, left over or of another shape, listed.
     """
-    wanted = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+    kept = model.state_dict().keys()
+    wanted = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in kept}
     heads = internlm2.heads_of(model.language_model.config)
     tied = model.language_model.config.tie_word_embeddings
     if tied:
@@ -50,7 +50,7 @@ def fill(model: Sa2VA, directory: Path, dtype: torch.dtype, device: torch.device
             _assign(model, name, tensor.to(device=device, dtype=dtype))
             del wanted[name]
 
-    for published, tensor in _tensors(directory):
+    for published, tensor in shards.tensors(weight_files(directory), device):
         if tied and key_map.native_name(published, heads) == "language_model.lm_head.weight":
             continue  # from_pretrained ties it to the embeddings whatever the file holds
         for name, part in key_map.to_native(published, tensor, heads).items():
@@ -92,17 +92,6 @@ def weight_files(directory: Path) -> list[Path]:
     if (directory / FILE).is_file():
         return [directory / FILE]
     raise UserError(f"{directory}: no {FILE} and no {INDEX}; weights are read from safetensors only")
-
-
-def _tensors(directory: Path):
-    """Yields (published name, tensor) shard by shard; memory holds one tensor at a time."""
-    for file in weight_files(directory):
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 - an open shard is no mapping
-                    yield name, shard.get_tensor(name)
-        except SafetensorError as error:
-            raise UserError(f"{file}: unreadable safetensors file ({error}); download it again") from error
 
 
 def _assign(model: Sa2VA, name: str, tensor: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Protects reading weights, mapped and staged: every byte in its place, no more memory than the weights need."""
 
 import os
+import threading
 import weakref
 
 import pytest
@@ -50,7 +51,7 @@ def staged(monkeypatch):
     """Reads as for a GPU; every tensor of a small model takes several reads, and few are read ahead."""
     monkeypatch.setattr(shards, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(shards, "AHEAD_BYTES", 3000)
-    monkeypatch.setattr(shards, "_mapped", lambda files: shards._staged(files, CPU))
+    monkeypatch.setattr(shards, "begin", lambda *reading: shards._begun(shards._staged(*reading)))
 
 
 def test_every_dtype_and_shape_comes_back_bit_by_bit_in_the_order_of_the_file(tmp_path, staged):
@@ -65,7 +66,7 @@ def test_every_dtype_and_shape_comes_back_bit_by_bit_in_the_order_of_the_file(tm
     save_file(dict(list(written.items())[:half]), files[0])
     save_file(dict(list(written.items())[half:]), files[1], metadata={"format": "pt"})
     expected = load_file(files[0]) | load_file(files[1])
-    found = dict(shards.tensors(files, CPU))
+    found = dict(shards.begin(files, torch.bfloat16, CPU))
     assert set(found) == set(written)
     for name, tensor in found.items():
         assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
@@ -100,7 +101,7 @@ def test_a_file_that_ends_while_it_is_read_is_one_clear_line(tmp_path, monkeypat
 def test_a_type_that_no_published_model_has_is_named(tmp_path, staged):
     save_file({"x": torch.zeros(2).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="x is of type F8_E4M3; supported: F64, F32, F16, BF16"):
-        list(shards.tensors([tmp_path / "a.safetensors"], CPU))
+        list(shards.begin([tmp_path / "a.safetensors"], torch.bfloat16, CPU))
 
 
 def test_short_reads_are_continued(tmp_path, monkeypatch, staged):
@@ -108,7 +109,21 @@ def test_short_reads_are_continued(tmp_path, monkeypatch, staged):
     save_file({"x": torch.arange(1000)}, tmp_path / "a.safetensors")
     whole = os.preadv
     monkeypatch.setattr(os, "preadv", lambda descriptor, views, at: whole(descriptor, [views[0][:77]], at))
-    assert torch.equal(dict(shards.tensors([tmp_path / "a.safetensors"], CPU))["x"], torch.arange(1000))
+    assert torch.equal(dict(shards.begin([tmp_path / "a.safetensors"], torch.bfloat16, CPU))["x"], torch.arange(1000))
+
+
+def test_a_caller_that_stops_leaves_no_reader_behind(tmp_path, staged):
+    """Loading fails after reading began when the tokenizer is broken."""
+    small.write(tmp_path)
+    before = threading.active_count()
+    tensors = shards.begin([tmp_path / "model.safetensors"], torch.float32, CPU)
+    assert threading.active_count() > before, "reading goes on before anyone asks"
+    tensors.close()
+    assert threading.active_count() == before
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read") as kept:  # and its frames with it
+        published.load(str(tmp_path))
+    assert threading.active_count() == before, kept
 
 
 @pytest.fixture(scope="module")

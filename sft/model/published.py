@@ -3,6 +3,7 @@
 A directory is data: nothing in it is run. Gives a native `Sa2VA` and its `Preprocess`; it does not know LoRA.
 """
 
+import contextlib
 import functools
 import json
 from dataclasses import dataclass
@@ -80,10 +81,11 @@ def load(model_path: str, *, dtype: torch.dtype = torch.bfloat16, device: str | 
     """
     directory = resolve(model_path)
     config = read_config(directory)
-    preprocess = make_preprocess(config, _read_tokenizer(directory), directory)
-    with init_empty_weights(include_buffers=False):
-        model = build(config, preprocess.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), directory)
-    weights.fill(model, directory, dtype, torch.device(device))
+    with contextlib.closing(weights.begin(directory, dtype, torch.device(device))) as tensors:
+        preprocess = make_preprocess(config, _read_tokenizer(directory), directory)
+        with init_empty_weights(include_buffers=False):
+            model = build(config, preprocess.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), directory)
+        weights.fill(model, directory, tensors, dtype, torch.device(device))
     return Loaded(model.eval(), preprocess, directory)
 
 

@@ -7,10 +7,11 @@ It does not know what the names mean.
 """
 
 import contextlib
+import itertools
 import json
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from sft.config import UserError
 READERS = 4
 CHUNK_BYTES = 16 * 2**20  # of one read; a GPU's load pins READERS buffers of it
 AHEAD_BYTES = 256 * 2**20  # read beyond the tensor that is being placed
+Tensors = Generator[tuple[str, Tensor], None, None]
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -50,36 +52,53 @@ class _Entry:
     bytes: int
 
 
-def tensors(files: list[Path], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of all files, each tensor in its file's dtype.
+def begin(files: list[Path], dtype: torch.dtype, device: torch.device) -> Tensors:
+    """Begins to read, and gives a generator of (name, tensor), each tensor in its file's dtype; close it.
 
-    A caller that lets go of what it does not keep holds beside the rest: on a CPU one mapped file, on a GPU one tensor
-    and AHEAD_BYTES.
+    To a GPU, reading goes on while the caller does other things. A caller that converts to `dtype` and lets go of what
+    it does not keep holds beside the rest: on a CPU one mapped file, on a GPU one tensor and AHEAD_BYTES.
 
     Args:
         files: safetensors files, read one after the other.
+        dtype: in which the caller keeps the tensors; those that have it already are read ahead without bound.
         device: where the tensors are to be.
 
     Raises:
         UserError: a file is no whole safetensors file.
     """
-    return _mapped(files) if device.type == "cpu" else _staged(files, device)
+    return _begun(_mapped(files) if device.type == "cpu" else _staged(files, dtype, device))
 
 
-def _mapped(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+def _begun(found: Generator) -> Generator:
+    """A generator that has gone to its first item, which it does not keep when that is handed out."""
+
+    def all_of_it() -> Generator:
+        with contextlib.closing(found):
+            first = list(itertools.islice(found, 1))
+            yield
+            while first:
+                yield first.pop()
+            yield from found
+
+    begun = all_of_it()
+    next(begun)
+    return begun
+
+
+def _mapped(files: list[Path]) -> Tensors:
     for file in files:
         with _opened(file) as shard:
             for name in shard.keys():  # noqa: SIM118 - an open shard is no mapping
                 yield name, shard.get_tensor(name)
 
 
-def _staged(files: list[Path], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+def _staged(files: list[Path], dtype: torch.dtype, device: torch.device) -> Tensors:
     buffers: SimpleQueue[Tensor] = SimpleQueue()
     for _ in range(READERS):
         buffers.put(torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda"))
     with ThreadPoolExecutor(READERS) as readers:
         for file in files:
-            yield from _tensors_of(file, device, readers, buffers)
+            yield from _tensors_of(file, dtype, device, readers, buffers)
 
 
 @contextlib.contextmanager
@@ -92,24 +111,40 @@ def _opened(file: Path) -> Iterator[safe_open]:
 
 
 def _tensors_of(
-    file: Path, device: torch.device, readers: ThreadPoolExecutor, buffers: SimpleQueue
-) -> Iterator[tuple[str, Tensor]]:
+    file: Path, dtype: torch.dtype, device: torch.device, readers: ThreadPoolExecutor, buffers: SimpleQueue
+) -> Tensors:
     waiting: deque[tuple[_Entry, Tensor, list[Future]]] = deque()
-    ahead = 0
-    with open(file, "rb", buffering=0) as opened:
+    ahead = 0  # bytes of those waiting that will not stay
+    with open(file, "rb", buffering=0) as opened, _all_ended(waiting):
         for entry in _entries(file):
             bytes_N = torch.empty(entry.bytes, dtype=torch.uint8, device=device)
             starts = range(0, entry.bytes, CHUNK_BYTES)
             parts = [(bytes_N[start : start + CHUNK_BYTES], entry.begin + start) for start in starts]
             reads = [readers.submit(_read, opened.fileno(), *part, file, buffers) for part in parts]
             waiting.append((entry, bytes_N, reads))
-            ahead += entry.bytes
+            ahead += _passing(entry, dtype)
             del bytes_N, parts
-            while waiting and ahead - waiting[0][0].bytes >= AHEAD_BYTES:
-                ahead -= waiting[0][0].bytes
+            while ahead - _passing(waiting[0][0], dtype) >= AHEAD_BYTES:
+                ahead -= _passing(waiting[0][0], dtype)
                 yield _finished(*waiting.popleft())
         while waiting:
             yield _finished(*waiting.popleft())
+
+
+@contextlib.contextmanager
+def _all_ended(waiting: deque[tuple[_Entry, Tensor, list[Future]]]) -> Iterator[None]:
+    """Leaves no read behind when the caller stops early: the file is closed next."""
+    try:
+        yield
+    finally:
+        for *_, reads in waiting:
+            for read in reads:
+                read.cancel() or read.exception()
+
+
+def _passing(entry: _Entry, dtype: torch.dtype) -> int:
+    """Bytes of a tensor that only its conversion will stay of."""
+    return 0 if entry.dtype == dtype else entry.bytes
 
 
 def _entries(file: Path) -> list[_Entry]:

@@ -16,17 +16,27 @@ from sft.model.sa2va import Sa2VA
 INDEX, FILE = "model.safetensors.index.json", "model.safetensors"
 
 
-def fill(model: Sa2VA, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Puts every tensor of a directory's shards in its place in the native model, each place filled once.
+def begin(directory: Path, dtype: torch.dtype, device: torch.device) -> shards.Tensors:
+    """Begins to read the shards of a directory, by published names, while the model is still being made; close it.
+
+    Raises:
+        UserError: no weights, a shard missing or unreadable; unreadable ones that come later, while `fill` goes on.
+    """
+    return shards.begin(weight_files(directory), dtype, device)
+
+
+def fill(model: Sa2VA, directory: Path, tensors: shards.Tensors, dtype: torch.dtype, device: torch.device) -> None:
+    """Puts every published tensor in its place in the native model, each place filled once.
 
     Args:
         model: weights on the meta device.
-        directory: holds model.safetensors, or shards and their index.
+        directory: where the tensors come from.
+        tensors: from `begin`.
         dtype: of all weights.
-        device: weights go from the shards straight there.
+        device: where the tensors are, and the model is to be.
 
     Raises:
-        UserError: no weights, a shard missing or unreadable; tensors missing, left over or of another shape, listed.
+        UserError: tensors missing, left over or of another shape, listed.
     """
     kept = model.state_dict().keys()
     wanted = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in kept}
@@ -50,7 +60,7 @@ def fill(model: Sa2VA, directory: Path, dtype: torch.dtype, device: torch.device
             _assign(model, name, tensor.to(device=device, dtype=dtype))
             del wanted[name]
 
-    for published, tensor in shards.tensors(weight_files(directory), device):
+    for published, tensor in tensors:
         if tied and key_map.native_name(published, heads) == "language_model.lm_head.weight":
             continue  # from_pretrained ties it to the embeddings whatever the file holds
         for name, part in key_map.to_native(published, tensor, heads).items():

@@ -3,6 +3,7 @@
 A directory is data: nothing in it is run. Gives a native `Sa2VA` and its `Preprocess`; it does not know LoRA.
 """
 
+import contextlib
 import functools
 import json
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import (
     InternVLVisionConfig,
     LlamaConfig,
@@ -86,10 +88,11 @@ def load(model_path: str, *, dtype: torch.dtype = torch.bfloat16, device: str | 
     """
     directory = resolve(model_path)
     config = read_config(directory)
-    preprocess = make_preprocess(config, _read_tokenizer(directory), directory)
-    with init_empty_weights(include_buffers=False):
-        model = build(config, preprocess.image_token_id, directory)
-    weights.fill(model, directory, dtype, torch.device(device))
+    with contextlib.closing(weights.begin(directory, dtype, torch.device(device))) as tensors:
+        preprocess = make_preprocess(config, _read_tokenizer(directory), directory)
+        with init_empty_weights(include_buffers=False):
+            model = build(config, preprocess.image_token_id, directory)
+        weights.fill(model, directory, tensors, dtype, torch.device(device))
     return Loaded(model.eval(), preprocess, directory)
 
 
@@ -178,17 +181,21 @@ def save(
 ) -> int:
     """Writes a complete published directory (one safetensors file); returns the bytes of the weights."""
     directory.mkdir(parents=True, exist_ok=True)
-    state = dict(model.state_dict())
-    if model.tied_head:
-        state.pop(model.tied_head, None)
-    state = key_map.to_published(state, internlm2.heads_of(model.decoder.config))
-    published = {name: tensor.to(dtype).contiguous().clone() for name, tensor in state.items()}
+    published = {name: tensor.to(dtype).contiguous().clone() for name, tensor in published_state(model).items()}
     save_file(published, directory / weights.FILE, metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(directory)
     if _is_qwen_vl(config):
         published_qwen.write_processor(directory, config)
     return (directory / weights.FILE).stat().st_size
+
+
+def published_state(model: Sa2VA) -> dict[str, Tensor]:
+    """All weights under their published names and in their published shapes; a tied head is absent."""
+    state = dict(model.state_dict())
+    if model.tied_head:
+        state.pop(model.tied_head, None)
+    return key_map.to_published(state, internlm2.heads_of(model.decoder.config))
 
 
 def _is_qwen_vl(config: dict) -> bool:

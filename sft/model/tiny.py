@@ -104,12 +104,31 @@ def build_tokenizer(targets: tuple[str, ...]) -> PreTrainedTokenizerFast:
         targets: phrases whose words must be in the vocabulary.
     """
     words = dict.fromkeys([*_SPECIAL, "\n", *_WORDS, *(word for target in targets for word in target.split())])
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    return _word_level({word: index for index, word in enumerate(words)}, (*_SPECIAL[2:], *_ADDED), "<|endoftext|>")
+
+
+def tokenizer_with(special_ids: dict[str, int]) -> PreTrainedTokenizerFast:
+    """The same kind of tokenizer with special tokens at given ids; words that no text has fill what lies between.
+
+    Args:
+        special_ids: token -> id; `<|im_end|>` ends a turn.
+    """
+    taken = {index: token for token, index in special_ids.items()}
+    free = (index for index in range(max(taken) + 1) if index not in taken)
+    words = dict.fromkeys(["<unk>", "\n", *_WORDS])
+    vocabulary = special_ids | dict(zip(words, free, strict=False))
+    vocabulary |= {f"unused{index}": index for index in free}
+    pad = next(token for token in ("<|endoftext|>", "</s>", "<|im_end|>") if token in special_ids)
+    return _word_level(vocabulary, tuple(special_ids), pad)
+
+
+def _word_level(vocabulary: dict[str, int], special: tuple[str, ...], pad: str) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation()]
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<unk>"
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token=pad, unk_token="<unk>"
     )
-    tokenizer.add_special_tokens({"additional_special_tokens": [*_SPECIAL[2:], *_ADDED]})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     return tokenizer

@@ -1,4 +1,4 @@
-"""Safetensors shards -> a native model on its device, one tensor at a time, each place filled once.
+"""Safetensors shards -> a native model on its device, each place filled once, as the tensors come in.
 
 Takes a directory with one file or with shards and their index. It does not know what config.json means.
 """
@@ -7,29 +7,39 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sft.config import UserError
-from sft.model import internlm2, key_map
+from sft.model import internlm2, key_map, shards
 from sft.model.sa2va import Sa2VA
 
 INDEX, FILE = "model.safetensors.index.json", "model.safetensors"
 
 
-def fill(model: Sa2VA, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Puts every tensor of a directory's shards in its place in the native model, each place filled once.
+def begin(directory: Path, dtype: torch.dtype, device: torch.device) -> shards.Tensors:
+    """Begins to read the shards of a directory, by published names, while the model is still being made; close it.
+
+    Raises:
+        UserError: no weights, a shard missing or unreadable; unreadable ones that come later, while `fill` goes on.
+    """
+    return shards.begin(weight_files(directory), dtype, device)
+
+
+def fill(model: Sa2VA, directory: Path, tensors: shards.Tensors, dtype: torch.dtype, device: torch.device) -> None:
+    """Puts every published tensor in its place in the native model, each place filled once.
 
     Args:
         model: weights on the meta device.
-        directory: holds model.safetensors, or shards and their index.
+        directory: where the tensors come from.
+        tensors: from `begin`.
         dtype: of all weights.
-        device: weights go from the shards straight there.
+        device: where the tensors are, and the model is to be.
 
     Raises:
-        UserError: no weights, a shard missing or unreadable; tensors missing, left over or of another shape, listed.
+        UserError: tensors missing, left over or of another shape, listed.
     """
-    wanted = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+    kept = model.state_dict().keys()
+    wanted = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in kept}
     heads = internlm2.heads_of(model.decoder.config)
     if model.tied_head:
         wanted.pop(model.tied_head, None)
@@ -49,7 +59,7 @@ def fill(model: Sa2VA, directory: Path, dtype: torch.dtype, device: torch.device
             _assign(model, name, tensor.to(device=device, dtype=dtype))
             del wanted[name]
 
-    for published, tensor in _tensors(directory):
+    for published, tensor in tensors:
         if model.tied_head and key_map.native_name(published, heads) == model.tied_head:
             continue  # from_pretrained ties it to the embeddings whatever the file holds
         for name, part in key_map.to_native(published, tensor, heads).items():
@@ -90,17 +100,6 @@ def weight_files(directory: Path) -> list[Path]:
     if (directory / FILE).is_file():
         return [directory / FILE]
     raise UserError(f"{directory}: no {FILE} and no {INDEX}; weights are read from safetensors only")
-
-
-def _tensors(directory: Path):
-    """Yields (published name, tensor) shard by shard; memory holds one tensor at a time."""
-    for file in weight_files(directory):
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 - an open shard is no mapping
-                    yield name, shard.get_tensor(name)
-        except SafetensorError as error:
-            raise UserError(f"{file}: unreadable safetensors file ({error}); download it again") from error
 
 
 def _assign(model: Sa2VA, name: str, tensor: Tensor) -> None:

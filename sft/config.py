@@ -82,8 +82,10 @@ class TrainConfig:
     """Decoupled weight decay of AdamW."""
     max_grad_norm: Annotated[float, Range(above=0)] = 1.0
     """Gradients are scaled down to this global norm."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, slower steps."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: less memory, slower steps. auto: of as many layers as memory asks."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the decoder layer, replay small batches as CUDA graphs. auto: on a GPU, where the run is long enough."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Number format of the forward and backward pass."""
     deepspeed_config: PathText = "zero2"

@@ -36,6 +36,8 @@ class ModelSize:
     """Tokens of one sample: vision, question and answer."""
     mask_pixels: int
     """Pixels of one sample's mask."""
+    recomputed_layers: int = 0
+    """Layers whose activations are computed again in the backward pass instead of being kept."""
     cached_bytes: int = 0
     """Features of frozen encoders kept on the GPU."""
 
@@ -53,10 +55,8 @@ def estimate(config: TrainConfig, size: ModelSize, world_size: int) -> dict[str,
     value = 2 if config.precision == "bf16" else 4
     trainable = size.lora_parameters + size.whole_parameters
     layer = value * size.tokens * (HIDDEN_VALUES * size.hidden + INTERMEDIATE_VALUES * size.intermediate)
-    if config.gradient_checkpointing:
-        layers = layer + size.layers * value * size.tokens * size.hidden
-    else:
-        layers = size.layers * layer
+    recomputed = size.recomputed_layers  # each leaves its input; one at a time is whole again
+    layers = (size.layers - recomputed + (recomputed > 0)) * layer + recomputed * value * size.tokens * size.hidden
     return {
         "weights": value * (size.frozen_parameters + trainable) // (world_size if stage == 3 else 1),
         "gradients": value * trainable // (world_size if stage >= 2 else 1),
@@ -101,8 +101,9 @@ def _remedies(config: TrainConfig, size: ModelSize, world_size: int) -> list[tup
         half, accumulation = config.batch_size // 2, config.gradient_accumulation_steps * 2
         changes = {"batch_size": half, "gradient_accumulation_steps": accumulation}
         remedies.append((f"--batch_size {half} --gradient_accumulation_steps {accumulation}", changes, size))
-    if not config.gradient_checkpointing:
-        remedies.append(("--gradient_checkpointing true", {"gradient_checkpointing": True}, size))
+    if size.recomputed_layers < size.layers:
+        all_again = replace(size, recomputed_layers=size.layers)
+        remedies.append(("--gradient_checkpointing true", {"gradient_checkpointing": True}, all_again))
     if config.lora_rank > 1:
         rank = config.lora_rank // 2
         smaller = replace(size, lora_parameters=size.lora_parameters * rank // config.lora_rank)

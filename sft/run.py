@@ -6,6 +6,7 @@ Takes a TrainConfig, gives a `Run` that the loop in train.py drives. It decides 
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -14,21 +15,23 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 
-from sft import checkpoint, data, engine, provenance, zero_json
+from sft import checkpoint, data, engine, pace, provenance, zero_json
 from sft.config import TrainConfig, UserError
 from sft.features import Features
 from sft.finite import FiniteWatch
 from sft.memory import GIB, ModelSize, estimate, explain_out_of_memory
 from sft.model import lora, published
+from sft.model.preprocess import Preprocess
 from sft.report import NullLog, RunLog
 from sft.report.page import write_html
 from sft.report.pictures import ComparisonRow, comparison_picture
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.model")
 PICTURED = 4  # validation images in the comparison picture
-TYPICAL_TOKENS = 512  # of a sample, as long as no batch has told
+SIZES_TRIED = 16  # of the images' sizes, for the longest prompt: preparing an image takes some 10 ms
 
 Found = TypeVar("Found")
 
@@ -52,6 +55,8 @@ class Run:
     watch: FiniteWatch
     first_epoch: int
     """The first epoch that this process trains: 1, or more after a resume."""
+    pace_line: str
+    """How a step is computed, in one line."""
     started_s: float = field(default_factory=time.monotonic)
     pictures: dict[str, dict] = field(default_factory=dict)
     """"base", "tuned" and "latest" -> name -> predicted mask, of the first validation images; main rank only."""
@@ -80,14 +85,16 @@ def prepared(config: TrainConfig, scratch: Path | None = None) -> Iterator[Run]:
         on_main(ranks, lambda: _check_disk(config, size, resumed))
         features = Features(loaded.model, loaded.preprocess, config, ranks.device)
         steps_per_epoch = count_steps(len(loaded_data.train), config, ranks.world_size)
+        steps = steps_per_epoch * config.num_epochs
+        size, pace_line = pace.set_up(loaded.model, config, size, ranks.device, ranks.world_size, steps)
         groups = _parameter_groups(peft_model, config)
         if zero_json.read(config.deepspeed_config)["zero_optimization"]["stage"] == 3:
             features.set_encoders_aside()
-        ds_engine = engine.initialize(peft_model, groups, config, ranks, steps_per_epoch * config.num_epochs)
+        ds_engine = engine.initialize(peft_model, groups, config, ranks, steps)
         progress, logged_step = _restore(resumed, ds_engine, ranks, steps_per_epoch, config)
         directory, log = _open(config, ranks, loaded_data, output_dir, None if scratch else resumed, logged_step)
         parts = (config, ranks, directory, loaded_data, loaded, peft_model, size, features, ds_engine, log)
-        run = Run(*parts, steps_per_epoch, progress, FiniteWatch(ranks.device), first_epoch=progress.epoch + 1)
+        run = Run(*parts, steps_per_epoch, progress, FiniteWatch(ranks.device), progress.epoch + 1, pace_line)
         with log:
             yield run
     except BaseException as error:
@@ -148,6 +155,7 @@ def announce(run: Run) -> None:
     for line in lora.describe(run.peft_model, config):
         log(line)
     steps = run.steps_per_epoch * config.num_epochs
+    log(run.pace_line)
     log(f"{config.num_epochs} epochs of {run.steps_per_epoch} steps, {steps:,} in all")
 
 
@@ -216,17 +224,15 @@ def _load_model(config: TrainConfig, ranks: engine.Ranks, loaded_data: data.Load
     loaded = published.load(config.model_path, dtype=dtype, device=ranks.device)
     peft_model = lora.wrap(loaded.model, config)
     torch.manual_seed(config.seed + ranks.rank)  # dropout differs between ranks; lora_A was drawn the same on all
-    if config.gradient_checkpointing:
-        loaded.model.enable_activation_checkpointing()
-    return loaded, peft_model, _model_size(loaded.model, peft_model, loaded_data)
+    return loaded, peft_model, _model_size(loaded, peft_model, config, loaded_data)
 
 
-def _model_size(model, peft_model, loaded_data: data.Loaded) -> ModelSize:
+def _model_size(loaded: published.Loaded, peft_model, config: TrainConfig, loaded_data: data.Loaded) -> ModelSize:
     """The figures of the memory estimate; call before ZeRO-3 takes the parameters apart."""
     named = [(name, p.numel()) for name, p in peft_model.named_parameters() if p.requires_grad]
     lora_parameters = sum(count for name, count in named if ".lora_" in name)
-    language = model.decoder.config
-    largest = max((width * height for width, height in loaded_data.findings.summary.sizes), default=512 * 512)
+    language = loaded.model.decoder.config
+    sizes = sorted(loaded_data.findings.summary.sizes, key=math.prod, reverse=True) or [(512, 512)]
     return ModelSize(
         frozen_parameters=sum(p.numel() for p in peft_model.parameters() if not p.requires_grad),
         lora_parameters=lora_parameters,
@@ -234,9 +240,15 @@ def _model_size(model, peft_model, loaded_data: data.Loaded) -> ModelSize:
         layers=language.num_hidden_layers,
         hidden=language.hidden_size,
         intermediate=language.intermediate_size,
-        tokens=TYPICAL_TOKENS,
-        mask_pixels=largest,
+        tokens=max(_prompt_tokens(loaded.preprocess, config, width, height) for width, height in sizes[:SIZES_TRIED]),
+        mask_pixels=math.prod(sizes[0]),
     )
+
+
+def _prompt_tokens(preprocess: Preprocess, config: TrainConfig, width: int, height: int) -> int:
+    """Tokens of a sample with an image of this size."""
+    layout = preprocess.vision_input(np.zeros((height, width, 3), np.uint8)).layout
+    return preprocess.prompt([config.question], [layout]).input_ids_BL.shape[1]
 
 
 def _check_disk(config: TrainConfig, size: ModelSize, resumed: Path | None) -> None:

@@ -55,6 +55,7 @@ class Setting:
     choices: tuple[str, ...]
     range: Range | None
     is_path: bool
+    words: tuple[str, ...] = ()  # legal besides `kind`, such as auto
 
     @property
     def allowed(self) -> str:
@@ -63,6 +64,7 @@ class Setting:
         words = " or ".join(self.choices) or names[self.kind] + (f" {self.range}" if self.range else "")
         if self.many:
             words = f"any of {', '.join(self.choices)}" if self.choices else "names with commas between"
+        words = ", or ".join([words, *self.words])
         return f"{words}, or none" if self.optional else words
 
     @property
@@ -93,6 +95,8 @@ class Setting:
 
     def _convert_one(self, given: Any) -> Any:
         value = given
+        if isinstance(value, str) and value in self.words:
+            return value
         if isinstance(value, bool) and "off" in self.choices:
             value = "on" if value else "off"  # YAML reads a bare off as false
         try:
@@ -185,9 +189,12 @@ def as_text(value: Any) -> str:
 
 
 def _setting(field: dataclasses.Field) -> Setting:
-    """Take an annotation apart: X | None, tuple[X, ...], Annotated[X, Range or PATH], Literal."""
-    parts = typing.get_args(field.type) if typing.get_origin(field.type) in (types.UnionType, typing.Union) else ()
-    kind, marks = next((part for part in parts if part is not types.NoneType), field.type), []
+    """Take an annotation apart: X | None, X | Literal["auto"], tuple[X, ...], Annotated[X, Range or PATH], Literal."""
+    is_union = typing.get_origin(field.type) in (types.UnionType, typing.Union)
+    parts = typing.get_args(field.type) if is_union else (field.type,)
+    literals = [part for part in parts if typing.get_origin(part) is Literal]
+    kind, *literals = [part for part in parts if part is not types.NoneType and part not in literals] + literals
+    marks = []
     many = typing.get_origin(kind) is tuple
     if many:
         kind = typing.get_args(kind)[0]
@@ -203,6 +210,7 @@ def _setting(field: dataclasses.Field) -> Setting:
         choices=choices,
         range=next((mark for mark in marks if isinstance(mark, Range)), None),
         is_path=PATH in marks,
+        words=tuple(word for literal in literals for word in typing.get_args(literal)),
     )
 
 

@@ -61,7 +61,7 @@ def test_defaults_are_the_researchers_setting() -> None:
     assert (config.lora_rank, config.lora_alpha, config.lora_dropout) == (64, 128, 0.05)
     assert (config.num_epochs, config.batch_size, config.learning_rate, config.lr_scheduler) == (15, 1, 1e-4, "cosine")
     assert (config.dice_weight, config.focal_weight, config.bce_weight) == (1.0, 1.0, 0.5)
-    assert (config.precision, config.deepspeed_config, config.gradient_checkpointing) == ("bf16", "zero2", True)
+    assert (config.precision, config.deepspeed_config, config.gradient_checkpointing) == ("bf16", "zero2", "auto")
     assert (config.save_every, config.val_fraction) == (3, 0.2)
 
 
@@ -122,13 +122,14 @@ def test_the_seed_command_of_the_issue_parses() -> None:
     [
         ("--gradient_checkpointing", True),
         ("--gradient_checkpointing true", True),
+        ("--gradient_checkpointing auto", "auto"),
         ("--gradient_checkpointing false", False),
         ("--gradient_checkpointing=no", False),
         ("--no_gradient_checkpointing", False),
     ],
 )
 def test_a_boolean_can_be_written_every_usual_way(flags: str, value: bool) -> None:
-    assert parse_args(flags.split()).gradient_checkpointing is value
+    assert parse_args(flags.split()).gradient_checkpointing == value
 
 
 def test_lists_take_commas_or_spaces_and_none_empties() -> None:
@@ -189,7 +190,7 @@ def test_a_value_out_of_range_names_key_value_and_range() -> None:
 
 def test_a_wrong_type_names_key_value_and_type() -> None:
     assert message_of("--lora_rank", "many") == "lora_rank = many is not allowed: integer at least 1 and at most 1024"
-    assert "gradient_checkpointing = maybe is not allowed: true or false" in message_of(
+    assert "gradient_checkpointing = maybe is not allowed: true or false, or auto" in message_of(
         "--gradient_checkpointing=maybe"
     )
     for key, value in [

@@ -21,6 +21,7 @@ LAYERS = (
     ("devices", "feature_store", "finite", "flat", "losses", "synthetic", "zero_json"),
     ("data", "engine", "memory", "model", "report"),
     ("checkpoint", "features", "gate", "provenance"),
+    ("pace",),
     ("run", "pretrain", "card"),
     ("train",),
     SCRIPTS,

@@ -41,8 +41,8 @@ def test_by_hand():
         "activations": 2 * (3 * layer + 128 * 100),
         "features": 7,
     }
-    checkpointed = replace(config, gradient_checkpointing=True, feature_cache="off", precision="fp32")
-    changed = estimate(checkpointed, SMALL, world_size=1)
+    changed = replace(config, feature_cache="off", precision="fp32")
+    changed = estimate(changed, replace(SMALL, recomputed_layers=3), world_size=1)
     assert changed["activations"] == 2 * (2 * layer + 3 * 4 * 5 * 8 + 128 * 100)
     assert changed["weights"] == 4 * 1100
     assert changed["features"] == 0
@@ -85,7 +85,8 @@ def test_several_gpus_are_advised_to_share_the_weights():
 
 def test_when_no_setting_is_left_there_are_still_three_hints():
     config = TrainConfig(deepspeed_config="zero2_offload", lora_rank=1, feature_cache="off")
-    text = explain_out_of_memory(RuntimeError("CUDA error"), config, FOUR_B, world_size=1, total_bytes=8 * GIB)
+    size = replace(FOUR_B, recomputed_layers=36)
+    text = explain_out_of_memory(RuntimeError("CUDA error"), config, size, world_size=1, total_bytes=8 * GIB)
     assert all(f"({number}) " in text for number in (1, 2, 3))
     assert "less" not in text
     assert "on asking for" not in text
@@ -94,7 +95,8 @@ def test_when_no_setting_is_left_there_are_still_three_hints():
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_advice_never_repeats_what_is_set_already(world_size):
     config = TrainConfig(deepspeed_config="zero3", batch_size=1, precision="fp32")
-    text = explain_out_of_memory(ERROR, config, FOUR_B, world_size, total_bytes=80 * GIB)
+    size = replace(FOUR_B, recomputed_layers=36)
+    text = explain_out_of_memory(ERROR, config, size, world_size, total_bytes=80 * GIB)
     assert "zero3:" not in text
     assert "--batch_size" not in text
     assert "--gradient_checkpointing" not in text

@@ -7,6 +7,7 @@ names and weights. It does not know images, LoRA or losses.
 Shapes: B samples, L positions, C width, R positions read per sample, K deepstack maps, M image positions in the batch.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -29,24 +30,25 @@ class Decoder:
         self.text_model = text_model
         self.recomputed_layers = 0
         self.graph_tokens = 0
+        self._layer: Callable[..., Tensor] = _layer
         self._end: Callable[..., Tensor] = _end
         self._graphs: dict[tuple, Callable[..., Tensor]] = {}
 
     def __call__(
         self,
         embeddings_BLC: Tensor,
-        read_BR: Tensor,
+        read_BR: Tensor | None = None,
         position_ids: Tensor | None = None,
         image_BL: Tensor | None = None,
         deepstack_KMC: Tensor | None = None,
     ) -> Tensor:
-        """States at the read positions, (B, R, C), before the final norm.
+        """States at the read positions, (B, R, C), or at all, (B, L, C), before the final norm.
 
         Rows are right-padded and attention is causal, so nothing a state depends on is padding.
 
         Args:
             embeddings_BLC: input embeddings, vision tokens in place.
-            read_BR: int64 positions whose state is wanted; none of an image when deepstack maps are given.
+            read_BR: int64 positions whose state is wanted, None for all.
             position_ids: (1, L), or (3, B, L) for the Qwen-VL families; None counts from 0.
             image_BL: True where a vision token stands; with deepstack_KMC.
             deepstack_KMC: added to the image positions after the first K layers (Qwen3-VL).
@@ -54,6 +56,10 @@ class Decoder:
         if position_ids is None:
             position_ids = torch.arange(embeddings_BLC.shape[1], device=embeddings_BLC.device)[None]
         cos, sin = self.text_model.rotary_emb(embeddings_BLC, position_ids)
+        if read_BR is None:
+            read_BR = torch.arange(embeddings_BLC.shape[1], device=embeddings_BLC.device).expand(
+                len(embeddings_BLC), -1
+            )
         inputs = (embeddings_BLC, read_BR, cos, sin)
         if deepstack_KMC is not None:
             # Spread over all positions here: a graph has no room for a number of image positions that varies.
@@ -63,29 +69,29 @@ class Decoder:
         return self._graphed(inputs)(*inputs) if self._may_graph(embeddings_BLC) else self._run(*inputs)
 
     def compile(self) -> None:
-        """Compiles the layer all share, once per shape; the first passes take some 15 s."""
-        for layer in self.text_model.layers[:-1]:
-            layer.compile()
-        self._end = torch.compile(_end)
+        """Compiles the layer that all share, once per kind of batch; the first passes take some 25 s."""
+        # By default torch gives up after 8 kinds: shapes, with and without gradients, with and without a mask.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        self._layer, self._end = torch.compile(_layer), torch.compile(_end)
 
     def _run(
         self, states_BLC: Tensor, read_BR: Tensor, cos: Tensor, sin: Tensor, deepstack_KBLC: Tensor | None = None
     ) -> Tensor:
-        layers = self.text_model.layers
+        layers, masks = self.text_model.layers, self._masks(states_BLC)
         recomputed = self.recomputed_layers if self.text_model.training and torch.is_grad_enabled() else 0
-        masks = self._masks(states_BLC)
+        deepstack = [] if deepstack_KBLC is None else deepstack_KBLC
         for number, layer in enumerate(layers[:-1]):
-            settings = {"attention_mask": masks[number], "position_embeddings": (cos, sin)}
-            if number < recomputed:
-                states_BLC = checkpoint(layer, states_BLC, use_reentrant=False, **settings)
-            else:
-                states_BLC = layer(states_BLC, **settings)
-            if deepstack_KBLC is not None and number < len(deepstack_KBLC):
-                states_BLC = states_BLC + deepstack_KBLC[number]
-        arguments = (layers[-1], states_BLC, read_BR, masks[-1], cos, sin)
-        if len(layers) <= recomputed:
-            return checkpoint(self._end, *arguments, use_reentrant=False)
-        return self._end(*arguments)
+            run = (
+                functools.partial(checkpoint, self._layer, use_reentrant=False) if number < recomputed else self._layer
+            )
+            states_BLC = run(layer, states_BLC, masks[number], cos, sin)
+            if number < len(deepstack):
+                states_BLC = states_BLC + deepstack[number]
+        run = _recomputed(self._end) if len(layers) <= recomputed else self._end
+        states_BRC = run(layers[-1], states_BLC, read_BR, masks[-1], cos, sin)
+        if len(layers) <= len(deepstack):
+            states_BRC = states_BRC + deepstack[len(layers) - 1].gather(1, read_BR[..., None].expand_as(states_BRC))
+        return states_BRC
 
     def _masks(self, states_BLC: Tensor) -> list[Tensor | None]:
         """One per layer. None is plain causal attention; only a window shorter than the row needs a mask."""
@@ -125,6 +131,14 @@ class _Recorded(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self._decoder._run(*inputs)
+
+
+def _recomputed(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return functools.partial(checkpoint, run, use_reentrant=False)  # reentrant: frozen inputs would cut gradients
+
+
+def _layer(layer: nn.Module, states_BLC: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    return layer(states_BLC, attention_mask=mask, position_embeddings=(cos, sin))
 
 
 def _end(

@@ -10,6 +10,7 @@ K deepstack levels, D SAM2 width (256 in the published models), P prompts per im
 (256 x 256).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Sam2Model
+
+from sft.model.decoder import Decoder
 
 Layout = tuple[int, int, int]
 """Vision tokens of one image: tiles (1 in the Qwen families), rows and columns; their product is the token count."""
@@ -99,7 +102,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class TextStates:
-    """Last states of the language model, (B, L, C)."""
+    """Last states of the language model, (B, L, C), or (B, R, C) where only R positions are read."""
 
     normed_BLC: Tensor  # after the final norm: what the language model head reads
     seg_BLC: Tensor  # what `text_hidden_fcs` reads at [SEG]: the same, but in Qwen3-VL before the final norm
@@ -124,8 +127,8 @@ class Output:
 
 
 class Sa2VA(nn.Module):
-    """The part that all families share. A family's class builds the rest and has `vision_features`, `hidden_states`
-    and `generate`; it tells where the rest stands by three paths."""
+    """The part that all families share. A family's class builds the rest and has `vision_features` and `generate`; it
+    tells where the rest stands by three paths."""
 
     decoder_path: str
     """The text decoder: it has `config`, `embed_tokens` and `layers`."""
@@ -135,6 +138,8 @@ class Sa2VA(nn.Module):
     """The modules that make vision tokens."""
     image_token_id: int
     """The place holder of one vision token."""
+    seg_before_norm: bool = False
+    """Whether `text_hidden_fcs` reads the state before the final norm."""
 
     def _build_mask_part(self, language_width: int, sam2_config) -> None:
         self.grounding_encoder = nn.Module()
@@ -156,6 +161,11 @@ class Sa2VA(nn.Module):
         """The text decoder; `config` tells num_hidden_layers, hidden_size and intermediate_size."""
         return self.get_submodule(self.decoder_path)
 
+    @functools.cached_property
+    def layers(self) -> Decoder:
+        """Runs the text decoder's layers; says how many are recomputed, compiled, graphed."""
+        return Decoder(self.decoder)
+
     @property
     def head(self) -> nn.Module:
         """The language model head."""
@@ -175,9 +185,13 @@ class Sa2VA(nn.Module):
         """The vision encoder on one image."""
         raise NotImplementedError
 
-    def hidden_states(self, prompt: Prompt, vision: VisionFeatures) -> TextStates:
-        """The language model's last states; no language model head is run."""
-        raise NotImplementedError
+    def hidden_states(self, prompt: Prompt, vision: VisionFeatures, read_BR: Tensor | None = None) -> TextStates:
+        """The language model's last states, at the R positions that are read or at all; no head is run."""
+        image_BL = None if vision.deepstack_KMC is None else prompt.input_ids_BL == self.image_token_id
+        embeddings_BLC = self.input_embeddings(prompt.input_ids_BL, vision)
+        before = self.layers(embeddings_BLC, read_BR, prompt.position_ids_3BL, image_BL, vision.deepstack_KMC)
+        normed = self.decoder.norm(before)
+        return TextStates(normed, before if self.seg_before_norm else normed)
 
     def generate(self, question: Prompt, vision: VisionFeatures, stop_token_ids: list[int], max_tokens: int) -> Tensor:
         """Greedy decoding after B questions of equal length; returns the new token ids, (B, up to max_tokens)."""
@@ -192,9 +206,13 @@ class Sa2VA(nn.Module):
             sam2: SAM2's features, one row per sample; or, where its encoder trains, its input images (B, 3, H, W).
         """
         sam2_features = self.sam2_features(sam2) if isinstance(sam2, Tensor) else sam2
-        states = self.hidden_states(prompt, vision)
-        rows_B = torch.arange(len(states.seg_BLC), device=states.seg_BLC.device)
-        seg_state_BC = states.seg_BLC[rows_B, prompt.seg_position_B]
+        if prompt.labels_BL is None:
+            states = self.hidden_states(prompt, vision, prompt.seg_position_B[:, None])
+            seg_state_BC = states.seg_BLC[:, 0]
+        else:
+            states = self.hidden_states(prompt, vision)
+            rows_B = torch.arange(len(states.seg_BLC), device=states.seg_BLC.device)
+            seg_state_BC = states.seg_BLC[rows_B, prompt.seg_position_B]
         masks = self.decode_masks(self.text_hidden_fcs(seg_state_BC)[:, None], sam2_features)
         text_loss = None if prompt.labels_BL is None else self.text_loss(states.normed_BLC, prompt.labels_BL)
         return Output(masks, seg_state_BC, text_loss)
@@ -236,15 +254,6 @@ class Sa2VA(nn.Module):
         candidates, predicted_iou = candidates.flatten(0, 1), predicted_iou.flatten(0, 1)
         rows = torch.arange(batch * prompts, device=candidates.device)
         return Masks(candidates[rows, predicted_iou.argmax(-1)], candidates, predicted_iou)
-
-    def enable_activation_checkpointing(self) -> None:
-        """Recomputes each decoder layer in the backward pass; non-reentrant, so frozen inputs do not cut gradients."""
-        decoder = self.decoder
-        enable = getattr(decoder, "activation_checkpointing_enable", None)
-        if enable is not None:
-            enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        else:  # transformers before 5.20 knows only the older name
-            decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def _project(self, features: Sam2Features) -> Sam2Features:
         decoder = self.sam2.mask_decoder

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import InternVLVisionModel
 from transformers.models.auto import AutoModelForCausalLM
 
-from sft.model.sa2va import Prompt, Sa2VA, TextStates, VisionFeatures, VisionInput
+from sft.model.sa2va import Prompt, Sa2VA, VisionFeatures, VisionInput
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,6 @@ class Sa2VAInternVL(Sa2VA):
             states = outputs.hidden_states[self.settings.select_layer]
         patches = states[:, 1:]  # without the class token
         return self.mlp1(_pixel_shuffle(patches, self.settings.downsample_ratio, self.settings.ps_version))
-
-    def hidden_states(self, prompt: Prompt, vision: VisionFeatures) -> TextStates:
-        """The language model's last states, normed; no language model head is run."""
-        embeddings_BLC = self.input_embeddings(prompt.input_ids_BL, vision)
-        hidden_BLC = self.decoder(inputs_embeds=embeddings_BLC, use_cache=False).last_hidden_state
-        return TextStates(hidden_BLC, hidden_BLC)
 
     @torch.no_grad()
     def generate(self, question: Prompt, vision: VisionFeatures, stop_token_ids: list[int], max_tokens: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig
 from transformers import Qwen3VLForConditionalGeneration as Qwen3VL
 
-from sft.model.sa2va import Prompt, Sa2VA, TextStates, VisionFeatures, VisionInput
+from sft.model.sa2va import Prompt, Sa2VA, VisionFeatures, VisionInput
 
 
 class Sa2VAQwen(Sa2VA):
@@ -39,7 +39,7 @@ class Sa2VAQwen(Sa2VA):
             case _:
                 raise ValueError(f"model type {config.model_type!r}: choose qwen2_5_vl or qwen3_vl")
         # The published Qwen3-VL models were trained where transformers' last hidden state was the one before the norm.
-        self._seg_before_norm = config.model_type == "qwen3_vl"
+        self.seg_before_norm = config.model_type == "qwen3_vl"
         self._build_mask_part(config.text_config.hidden_size, sam2_config)
 
     def vision_features(self, image: VisionInput) -> VisionFeatures:
@@ -51,17 +51,6 @@ class Sa2VAQwen(Sa2VA):
         outputs = visual(image.pixels, grid_thw=grid_13, return_dict=True)
         deepstack = getattr(outputs, "deepstack_features", None)
         return VisionFeatures(outputs.pooler_output, torch.stack(deepstack) if deepstack else None)
-
-    def hidden_states(self, prompt: Prompt, vision: VisionFeatures) -> TextStates:
-        """The language model's last states; no language model head is run."""
-        before_norm = []
-        handle = self.decoder.norm.register_forward_pre_hook(lambda _norm, inputs: before_norm.append(inputs[0]))
-        try:
-            normed_BLC = self._decode(prompt, vision, use_cache=False).last_hidden_state
-        finally:
-            handle.remove()
-        (unnormed_BLC,) = before_norm
-        return TextStates(normed_BLC, unnormed_BLC if self._seg_before_norm else normed_BLC)
 
     @torch.no_grad()
     def generate(self, question: Prompt, vision: VisionFeatures, stop_token_ids: list[int], max_tokens: int) -> Tensor:

@@ -32,13 +32,8 @@ def pixels(vision, patch_px: int) -> np.ndarray:
     image_HW3 = np.zeros((rows * 2 * patch_px, columns * 2 * patch_px, 3))
     patches = vision.pixels.view(-1, 3, 2, patch_px, patch_px).numpy()
     assert np.array_equal(patches[:, :, 0], patches[:, :, 1])  # an image is a film of two equal frames
-    places = [
-        (2 * row + y, 2 * column + x)
-        for row in range(rows)
-        for column in range(columns)
-        for y in (0, 1)
-        for x in (0, 1)
-    ]
+    tokens = [(row, column) for row in range(0, 2 * rows, 2) for column in range(0, 2 * columns, 2)]
+    places = [(row + y, column + x) for row, column in tokens for y in (0, 1) for x in (0, 1)]
     for patch, (row, column) in zip(patches[:, :, 0], places, strict=True):
         top, left = row * patch_px, column * patch_px
         image_HW3[top : top + patch_px, left : left + patch_px] = patch.transpose(1, 2, 0)
@@ -76,7 +71,7 @@ def test_patches_of_one_token_stand_together_and_nothing_is_resized_without_need
 
 def test_an_image_is_resized_twice_and_bicubically():
     """To multiples of 28 first, whatever the model: in one step the picture would be another."""
-    image = np.asarray(Image.fromarray(picture(60, 50)).resize((700, 605)))
+    image = np.asarray(Image.fromarray(picture(350, 302)).resize((700, 605)))
     first = Image.fromarray(image).resize((700, 616), Image.Resampling.BICUBIC)
     assert np.array_equal(pixels(preprocess(14).vision_input(image), 14), np.asarray(first))
     twice = np.asarray(first.resize((704, 608), Image.Resampling.BICUBIC)).astype(int)

@@ -1,4 +1,4 @@
-"""Protects training of the Qwen-VL families: features kept and joined, a whole run, its checkpoint, ZeRO-3's encoders."""
+"""Protects training of the Qwen-VL families: features kept and joined, a whole run and its export, ZeRO-3."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ def test_a_run_learns_saves_exports_and_validates_the_merged_model(inputs, tmp_p
     """Through the engine: two epochs, checkpointing of activations, the gradient check, [SEG] rate, export."""
     config = settings(inputs, tmp_path / "runs", text_weight=0.1, gradient_checkpointing=True)
     result = train(config)
-    losses = values(result, "epoch", "loss")
+    losses = values(result, "train", "loss")
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses) and losses[1] < losses[0]
     assert all(0 <= rate <= 1 for rate in values(result, "val", "seg_rate"))
     log = (result.directory / "training.log").read_text()
@@ -96,7 +96,7 @@ def test_a_run_learns_saves_exports_and_validates_the_merged_model(inputs, tmp_p
     before, after = validate_directory(best, tmp_path / "merged")
     assert after == pytest.approx(before, abs=1e-3)
     plain = settings(inputs, tmp_path / "plain", text_weight=0.1)
-    assert values(train(plain), "epoch", "loss") == pytest.approx(losses, rel=1e-4)
+    assert values(train(plain), "train", "loss") == pytest.approx(losses, rel=1e-4)
 
 
 def test_the_preprocess_is_the_familys(inputs, family):

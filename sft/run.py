@@ -30,6 +30,7 @@ from sft.report.page import write_html
 from sft.report.pictures import ComparisonRow, comparison_picture
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.model")
+PROCESSOR_FILES = ("chat_template.*", "*processor_config.json")  # of the Qwen-VL families
 PICTURED = 4  # validation images in the comparison picture
 SIZES_TRIED = 16  # of the images' sizes, for the longest prompt: preparing an image takes some 10 ms
 
@@ -177,7 +178,7 @@ def save(run: Run, name: str) -> None:
 
     def write_model(directory: Path) -> None:
         lora.save_adapter(directory, run.peft_model, trainable, run.config.save_format)
-        for pattern in TOKENIZER_FILES:
+        for pattern in (*TOKENIZER_FILES, *PROCESSOR_FILES):
             for file in run.loaded.directory.glob(pattern):
                 shutil.copyfile(file, directory / file.name)
 

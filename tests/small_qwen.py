@@ -1,8 +1,8 @@
-"""Qwen-VL-shaped Sa2VA models of 0.1 M parameters: all parts, random weights, a tokenizer with a chat template."""
+"""Qwen-VL-shaped Sa2VA models of 0.1 M parameters: all parts, random weights, a word-level tokenizer; for tests."""
 
 import copy
 import functools
-import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sft.model import published
+from sft.model import published, published_qwen
 from sft.model.preprocess_qwen import IMAGE_TOKEN, PreprocessQwen
 from sft.model.sa2va import Layout, Sam2Features, VisionFeatures
 from sft.model.sa2va_qwen import Sa2VAQwen
@@ -153,14 +153,9 @@ def old_name(name: str) -> str:
 @functools.cache
 def preprocess(family: str) -> PreprocessQwen:
     """Of a small model; patches of 14 or 16 px, 4 to 12 vision tokens an image."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
-        settings = config(family)
-        from sft.model import published_qwen
-
-        published_qwen.write_processor(Path(folder), settings)
-        return published.make_preprocess(settings, tokenizer(), Path(folder))
+        published_qwen.write_processor(Path(folder), config(family))
+        return published.make_preprocess(config(family), tokenizer(), Path(folder))
 
 
 def images(count: int, seed: int = 0) -> list[np.ndarray]:
@@ -177,8 +172,3 @@ def inputs(of: Sa2VAQwen, family: str, count: int = 2) -> tuple[VisionFeatures, 
         features = of.sam2_features(torch.stack([preprocess(family).sam2_image(picture) for picture in pictures]))
         encoded = VisionFeatures.join([of.vision_features(one) for one in vision])
     return encoded, [one.layout for one in vision], features
-
-
-def read_index(directory: Path) -> dict:
-    """config.json of a directory."""
-    return json.loads((directory / "config.json").read_text())

@@ -187,9 +187,8 @@ def test_published_settings_about_how_to_run_do_not_reach_the_model(tmp_path):
     torch.testing.assert_close(frequencies, 1e6 ** (-torch.arange(0, 8, 2) / 8))  # rope_theta is no mere default
     assert model.language_model.config._attn_implementation == "sdpa"
     ids = torch.tensor([[1, 2, 3]])
-    assert (
-        model.generate(Prompt(ids, torch.tensor([0])), VisionFeatures(torch.zeros(0, 32)), [0], 3).shape[1] <= 3
-    )  # max_length 20 and use_cache false stand
+    question, vision = Prompt(ids, torch.tensor([0])), VisionFeatures(torch.zeros(0, 32))
+    assert model.generate(question, vision, [0], 3).shape[1] <= 3  # max_length 20 and use_cache false stand
 
 
 def test_rotary_frequencies_of_llama3_are_scaled(tmp_path):

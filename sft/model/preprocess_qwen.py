@@ -5,7 +5,8 @@ Takes RGB uint8 arrays and text, gives patches and token ids. It does not know m
 Source: the published predict_forward. There an image is resized twice: qwen_vl_utils brings its sides to multiples of
 28 with PIL (bicubic), then transformers' fast image processor brings it between 512 and 2,048 times 28 * 28 pixels, its
 sides to multiples of patch times merge (28 in Qwen2.5-VL, 32 in Qwen3-VL), with torch's bicubic kernel on uint8. Both
-kernels are called here as they are there, so that the pixels are the same to the last bit.
+kernels are called here as they are there, so that the pixels are the same to the last bit (seen with transformers
+4.57.1 and qwen_vl_utils 0.0.14; transformers' slow image processor differs from both by two grey levels).
 """
 
 import math
@@ -73,6 +74,8 @@ class PreprocessQwen(Preprocess):
 
     def question_ids(self, question: str, layout: Layout) -> list[int]:
         """Token ids of the chat template up to and with the assistant's turn, for free generation.
+
+        As in predict_forward: with the system turn that a template adds, which the authors' own training leaves out.
 
         Raises:
             UserError: the question holds a word that stands for a piece of an image.

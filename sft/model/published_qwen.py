@@ -4,6 +4,7 @@ Takes config.json and the processor's files, gives transformers' configurations,
 file of a new directory. It does not read weights or tokenizers.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Literal
@@ -56,6 +57,7 @@ def model_config(config: dict, file: Path) -> Qwen2_5_VLConfig | Qwen3VLConfig:
     transformers 4.49 wrote the text decoder's settings at the top, later versions write them into text_config.
     """
     kind = family(config, file)
+    config = copy.deepcopy(config)  # transformers writes into the dictionaries that it is given
     settings = {key: value for key, value in config.items() if key not in (*HOW_TO_RUN, "native", "model_type")}
     for part in _PARTS:
         if isinstance(settings.get(part), dict):

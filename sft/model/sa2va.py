@@ -127,8 +127,11 @@ class Output:
 
 
 class Sa2VA(nn.Module):
-    """The part that all families share. A family's class builds the rest and has `vision_features` and `generate`; it
-    tells where the rest stands by three paths."""
+    """The part that all families share: [SEG] state to mask.
+
+    A family's class builds the rest, has `vision_features` and `generate`, and tells by three paths where the rest
+    stands.
+    """
 
     decoder_path: str
     """The text decoder: it has `config`, `embed_tokens` and `layers`."""

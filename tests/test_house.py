@@ -20,7 +20,8 @@ LAYERS = (
     ("config", "ranks"),
     ("devices", "feature_store", "finite", "flat", "losses", "synthetic", "zero_json"),
     ("data", "engine", "memory", "model", "report"),
-    ("checkpoint", "features", "gate", "provenance"),
+    ("checkpoint", "features", "gate", "predict", "provenance"),
+    ("verify",),
     ("run", "pretrain", "card"),
     ("train",),
     SCRIPTS,
@@ -31,7 +32,7 @@ OWNERS = {
     "ray": ("tune/",),
     "deepspeed": ("sft/engine.py",),
     "peft": ("sft/model/lora.py",),
-    "transformers": ("sft/model/",),
+    "transformers": ("sft/model/", "launch/published_side.py"),  # a script for another Python
     "tokenizers": ("sft/model/",),
     "sentencepiece": ("sft/model/internlm2_tokenizer.py",),
     "accelerate": ("sft/model/",),

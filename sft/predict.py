@@ -1,0 +1,106 @@
+"""One image and one question -> the answer in words and the mask at the image's own size.
+
+Takes a loaded checkpoint, gives a `Prediction`; what its parts hand on is kept for those who compare or draw. Does not
+know files, truth or training.
+
+Shapes: H x W the image, h x w the mask decoder's grid (256 x 256 in the published models), L tokens, C width of the
+language model, K = 3 candidate masks.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sft.model.preprocess import ANSWER
+from sft.model.published import Loaded
+from sft.model.sa2va import Masks, Prompt, upsample
+
+MAX_ANSWER_TOKENS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the model says about one image; all tensors in fp32 on the CPU."""
+
+    answer: str
+    """The greedy answer up to and with [SEG]; all of it if it does not say [SEG]."""
+    answer_ids: list[int]
+    says_seg: bool
+    """Whether the greedy answer arrives at [SEG]."""
+    forced: bool
+    """Whether the mask follows "Sure, [SEG]." put in the model's mouth, as in training, and not its own answer."""
+    mask_logits_HW: Tensor
+    """At the image's size; vessel where above 0."""
+    masks: Masks
+    """On the mask decoder's grid, one row."""
+    seg_state_C: Tensor
+    input_ids_L: Tensor
+    """The prompt, without the answer."""
+    vision: dict[str, Tensor]
+    """What the image became: `pixel_values` for the vision encoder, `vision_tokens`, and `sam2_image`."""
+
+
+@torch.no_grad()
+def predict(
+    loaded: Loaded,
+    image_HW3: np.ndarray,
+    question: str,
+    *,
+    forced: bool = False,
+    max_answer_tokens: int = MAX_ANSWER_TOKENS,
+) -> Prediction:
+    """Answers a question about an image and segments what the answer's [SEG] means.
+
+    The mask follows the model's own greedy answer, as in the published `predict_forward`. A model that does not say
+    [SEG] has the answer of the training put in its mouth; `Prediction.forced` then says so.
+
+    Args:
+        loaded: from `published.load`.
+        image_HW3: uint8 RGB of any size.
+        question: for instance "Please segment the blood vessels in this image."
+        forced: always put the training's answer in its mouth.
+        max_answer_tokens: where a greedy answer without an end is cut off.
+    """
+    model, preprocess = loaded.model, loaded.preprocess
+    reference = model.text_hidden_fcs[0].weight
+    tiles = preprocess.tiles(image_HW3)
+    sam2_image = preprocess.sam2_image(image_HW3)
+    vision_tokens = model.vision_tokens(tiles.to(reference))
+    question_ids = preprocess.question_ids(question, len(tiles))
+    asked_1L = torch.tensor([question_ids], device=reference.device)
+    answer_ids = model.generate(asked_1L, vision_tokens, preprocess.stop_token_ids, max_answer_tokens)[0].tolist()
+    says_seg = preprocess.seg_token_id in answer_ids
+    own_answer = says_seg and not forced
+    spoken = answer_ids if own_answer else _up_to(preprocess.answer_ids(), preprocess.seg_token_id)
+    prompt = Prompt(
+        torch.tensor([question_ids + spoken], device=reference.device),
+        torch.tensor([len(question_ids) + len(spoken) - 1], device=reference.device),
+    )
+    output = model(prompt, vision_tokens, sam2_image[None].to(reference))
+    masks = Masks(*(tensor.float().cpu() for tensor in vars(output.masks).values()))
+    return Prediction(
+        answer=preprocess.tokenizer.decode(answer_ids).strip(),
+        answer_ids=answer_ids,
+        says_seg=says_seg,
+        forced=not own_answer,
+        mask_logits_HW=upsample(masks.logits_Bhw, image_HW3.shape[:2])[0],
+        masks=masks,
+        seg_state_C=output.seg_state_BC[0].float().cpu(),
+        input_ids_L=torch.tensor(question_ids),
+        vision={
+            "pixel_values": tiles.to(reference.dtype).float(),
+            "vision_tokens": vision_tokens.flatten(0, 1).float().cpu(),
+            "sam2_image": sam2_image.to(reference.dtype).float(),
+        },
+    )
+
+
+def forced_answer() -> str:
+    """What training puts in the model's mouth, up to [SEG]."""
+    return ANSWER.partition("[SEG]")[0] + "[SEG]"
+
+
+def _up_to(ids: list[int], last: int) -> list[int]:
+    return ids[: ids.index(last) + 1]

@@ -88,7 +88,9 @@ def load_speaker(model: torch.nn.Module, directory: str) -> dict:
 
 
 def stay_on_cpu() -> None:
-    """Makes moves to a GPU stay where they are."""
+    """Makes moves to a GPU stay where they are, and its autocast the CPU's."""
+    autocast = torch.autocast
+    torch.autocast = lambda device_type, **options: autocast("cpu" if device_type == "cuda" else device_type, **options)
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
     torch.nn.Module.cuda = lambda module, *args, **kwargs: module
 

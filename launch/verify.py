@@ -124,7 +124,7 @@ def verify(arguments: argparse.Namespace) -> int:
         print("to compare, read its *.py files and add --trust_remote_code")
     else:
         print(f"published: running (its output: {arguments.output / both_sides.LOG})", flush=True)
-        places = (python, directory, image_HW3, arguments.question, arguments.output)
+        places = (python, directory, image_HW3, arguments.output)
         same = both_sides.side_by_side(native, *places, say=print, **settings)
     print(f"{arguments.output / both_sides.PICTURE}, {arguments.output / both_sides.REPORT}")
     return 0 if same else 1

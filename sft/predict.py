@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sft.model.preprocess import ANSWER
 from sft.model.published import Loaded
-from sft.model.sa2va import Masks, Prompt, upsample
+from sft.model.sa2va import Layout, Masks, Prompt, upsample
 
 MAX_ANSWER_TOKENS = 64
 
@@ -40,6 +40,8 @@ class Prediction:
     """The prompt, without the answer."""
     vision: dict[str, Tensor]
     """What the image became: `pixel_values` for the vision encoder, `vision_tokens`, and `sam2_image`."""
+    layout: Layout
+    """Of the vision tokens."""
 
 
 @torch.no_grad()
@@ -65,20 +67,22 @@ def predict(
     """
     model, preprocess = loaded.model, loaded.preprocess
     reference = model.text_hidden_fcs[0].weight
-    tiles = preprocess.tiles(image_HW3)
+    image = preprocess.vision_input(image_HW3).to(reference.device, reference.dtype)
     sam2_image = preprocess.sam2_image(image_HW3)
-    vision_tokens = model.vision_tokens(tiles.to(reference))
-    question_ids = preprocess.question_ids(question, len(tiles))
-    asked_1L = torch.tensor([question_ids], device=reference.device)
-    answer_ids = model.generate(asked_1L, vision_tokens, preprocess.stop_token_ids, max_answer_tokens)[0].tolist()
+    vision = model.vision_features(image)
+    question_ids = preprocess.question_ids(question, image.layout)
+
+    def prompt(ids: list[int]) -> Prompt:
+        ids_1L = torch.tensor([ids])
+        positions = preprocess.position_ids(ids_1L, [image.layout])
+        return Prompt(ids_1L, torch.tensor([len(ids) - 1]), None, positions).to(reference.device)
+
+    asked = prompt(question_ids)
+    answer_ids = model.generate(asked, vision, preprocess.stop_token_ids, max_answer_tokens)[0].tolist()
     says_seg = preprocess.seg_token_id in answer_ids
     own_answer = says_seg and not forced
     spoken = answer_ids if own_answer else _up_to(preprocess.answer_ids(), preprocess.seg_token_id)
-    prompt = Prompt(
-        torch.tensor([question_ids + spoken], device=reference.device),
-        torch.tensor([len(question_ids) + len(spoken) - 1], device=reference.device),
-    )
-    output = model(prompt, vision_tokens, sam2_image[None].to(reference))
+    output = model(prompt(question_ids + spoken), vision, sam2_image[None].to(reference))
     masks = Masks(*(tensor.float().cpu() for tensor in vars(output.masks).values()))
     return Prediction(
         answer=preprocess.tokenizer.decode(answer_ids).strip(),
@@ -90,10 +94,11 @@ def predict(
         seg_state_C=output.seg_state_BC[0].float().cpu(),
         input_ids_L=torch.tensor(question_ids),
         vision={
-            "pixel_values": tiles.to(reference.dtype).float(),
-            "vision_tokens": vision_tokens.flatten(0, 1).float().cpu(),
+            "pixel_values": image.pixels.float().cpu(),
+            "vision_tokens": vision.tokens_MC.float().cpu(),
             "sam2_image": sam2_image.to(reference.dtype).float(),
         },
+        layout=image.layout,
     )
 
 

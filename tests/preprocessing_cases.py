@@ -25,6 +25,7 @@ IMAGES = {
     "grey": (300, 200, "L"),
     "rgba": (300, 200, "RGBA"),
     "16 bit": (300, 200, "I;16"),
+    "4100x20": (4100, 20, "RGB"),
 }
 SCALED = ("16 bit",)  # read differently by us, on purpose: see test_sixteen_bits
 QUESTIONS = ("Please segment the blood vessels in this image.", "  Where are they?\nÄ, 血管 <p>")
@@ -33,6 +34,30 @@ _WORDS_OF_TEMPLATES = """
 <|endoftext|> <|im_start|> <|im_end|> <|user|> <|assistant|> <|end|> <|start_header_id|> <|end_header_id|> <|eot_id|>
 """
 SPECIAL = [*_WORDS_OF_TEMPLATES.split(), "<img>", "</img>", "<IMG_CONTEXT>", "[SEG]", "<p>", "</p>", "<vp>", "</vp>"]
+SPECIAL += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+# In the manner of the published ones: a system turn, the image's words, the text.
+QWEN_TEMPLATE = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{% for part in message.content %}{% if part.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Processor settings that differ between the families; both merge 2 x 2 patches and repeat an image to 2 frames.
+QWEN = {
+    "qwen2_5_vl": {
+        "patch_size": 14,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "processor_class": "Qwen2_5_VLProcessor",
+    },
+    "qwen3_vl": {
+        "patch_size": 16,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "Qwen3VLProcessor",
+    },
+}
+TOO_LONG = "4100x20"  # over 200 to 1: refused by the published code too
 SAMPLES = 12
 
 
@@ -68,6 +93,26 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "vocab.json").write_text(json.dumps(letters))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_processor(family: str, folder: Path) -> None:
+    """A Qwen-VL directory's tokenizer, template and processor."""
+    write_tokenizer(folder)
+    settings = QWEN[family] | {"image_processor_type": "Qwen2VLImageProcessorFast", "merge_size": 2}
+    settings |= {"temporal_patch_size": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": QWEN_TEMPLATE}))
+
+
+def patch_figures(patches: np.ndarray) -> dict:
+    """Shape, mean, and some of the values: the resizing kernel's last digit may differ from machine to machine."""
+    flat = patches.ravel()
+    chosen = np.linspace(0, flat.size - 1, SAMPLES).astype(int)
+    return {
+        "shape": list(patches.shape),
+        "mean": round(float(patches.mean(dtype=np.float64)), 5),
+        "samples": [round(float(value), 5) for value in flat[chosen]],
+    }
 
 
 def pixels(normalised_T3HW: np.ndarray) -> np.ndarray:

@@ -9,19 +9,32 @@ from pathlib import Path
 import numpy as np
 import preprocessing_cases as cases
 import pytest
+import torch
+from PIL import Image
 from transformers import Qwen2Tokenizer
 
+from sft.config import TrainConfig, UserError
+from sft.data import Pair
 from sft.data.read import read_image
-from sft.model.preprocess import TEMPLATES, Preprocess
+from sft.features import Features, Item
+from sft.model import published_qwen
+from sft.model.preprocess import TEMPLATES, PreprocessInternVL
+from sft.model.preprocess_qwen import PreprocessQwen
 
 GOLDEN = Path(__file__).resolve().parent / "golden_preprocessing.json"
 PUBLISHED = {"tile_px": 448, "tokens_per_tile": 256, "max_tiles": 12, "use_thumbnail": True, "sam2_px": 1024}
 
 
-def preprocess(template: str = "qwen_chat", tokenizer_folder: Path | None = None) -> Preprocess:
+def preprocess(template: str = "qwen_chat", tokenizer_folder: Path | None = None) -> PreprocessInternVL:
     """The published sizes."""
     tokenizer = None if tokenizer_folder is None else Qwen2Tokenizer.from_pretrained(tokenizer_folder)
-    return Preprocess(tokenizer, TEMPLATES[template], **PUBLISHED)
+    return PreprocessInternVL(tokenizer, template=TEMPLATES[template], **PUBLISHED)
+
+
+def qwen_preprocess(family: str, folder: Path) -> PreprocessQwen:
+    """From the processor's files, as a published directory holds them."""
+    config = {"architectures": ["Sa2VAChatModelQwen"], "vision_config": {"model_type": family}}
+    return published_qwen.make_preprocess(config, Qwen2Tokenizer.from_pretrained(folder), 1024, folder)
 
 
 def ours(image_HW3: np.ndarray) -> dict[str, np.ndarray]:
@@ -34,7 +47,8 @@ def prompt_ids(name: str, tokenizer_folder: Path) -> list[int]:
     """Of a case called image/template/index of the question."""
     image, template, index = name.split("/")
     tiles = {"1x1": 1, "999x960": 10}[image]
-    return preprocess(template, tokenizer_folder).question_ids(cases.QUESTIONS[int(index)], tiles)
+    made = preprocess(template, tokenizer_folder)
+    return made.question_ids(cases.QUESTIONS[int(index)], made.layout(tiles))
 
 
 @pytest.mark.parametrize("name", [name for name in cases.IMAGES if name not in cases.SCALED])
@@ -63,3 +77,32 @@ def test_prompts(tmp_path):
     assert len(golden) == 2 * len(cases.TEMPLATES) * len(cases.QUESTIONS)
     for name, expected in golden.items():
         assert cases.runs(prompt_ids(name, tmp_path)) == expected, name
+
+
+@pytest.mark.parametrize("case", json.loads(GOLDEN.read_text()).get("qwen", {}))
+def test_qwen_vl(case, tmp_path):
+    """Patches and every token id of both families; half a grey level may differ, by the machine's resizing kernel."""
+    family, name = case.split("/")
+    cases.write_processor(family, tmp_path)
+    made = qwen_preprocess(family, tmp_path)
+    vision = made.vision_input(read_image(cases.write_image(name, tmp_path)))
+    expected = json.loads(GOLDEN.read_text())["qwen"][case]
+    figures = cases.patch_figures(vision.pixels.numpy())
+    assert figures["shape"] == expected["patches"]["shape"]
+    assert figures["mean"] == pytest.approx(expected["patches"]["mean"], abs=1e-3)
+    assert figures["samples"] == pytest.approx(expected["patches"]["samples"], abs=0.5 / 255 / 0.26)
+    assert cases.runs(made.question_ids(cases.QUESTIONS[0], vision.layout)) == expected["prompt"]
+
+
+def test_a_too_long_image_is_named_with_its_file(tmp_path):
+    """Qwen-VL takes no sides of over 200 to 1, as in the published code; among many images it must be found."""
+    image = cases.write_image(cases.TOO_LONG, tmp_path)
+    Image.new("L", (4100, 20)).save(tmp_path / "mask.png")
+    cases.write_processor("qwen2_5_vl", tmp_path)
+    model = torch.nn.Linear(1, 1)
+    config = TrainConfig(num_workers=0)
+    features = Features(model, qwen_preprocess("qwen2_5_vl", tmp_path), config, torch.device("cpu"))
+    pair = Pair("long", image, tmp_path / "mask.png")
+    with pytest.raises(UserError, match=r"4100x20\.png: .*4100 x 20 .*200 to 1"):
+        next(features.batches([[Item(pair)]]))
+    features.close()

@@ -217,7 +217,7 @@ def beside(checkpoint: Path, native, output: Path, **changed) -> tuple[bool, str
     np.savez(checkpoint / "model" / "stand_in.npz", **arrays)
     output.mkdir()
     said: list[str] = []
-    places = (Path(sys.executable), checkpoint / "model", IMAGE, small.QUESTION, output)
+    places = (Path(sys.executable), checkpoint / "model", IMAGE, output)
     settings = {"precision": "fp32", "max_answer_tokens": 8, "script": checkpoint / "stand_in.py"}
     same = both_sides.side_by_side(native, *places, say=said.append, **settings)
     return same, "\n".join(said)

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from sft.model import published
+from sft.model.preprocess_qwen import PreprocessQwen
 from sft.predict import Prediction, forced_answer, predict
 from sft.verify import compare, picture
 from sft.verify.published_side import SCRIPT, run_published
@@ -34,6 +35,8 @@ class NativeSide:
     """The mask after the training's answer; the same object where that is what the model says anyway."""
     arrays: dict[str, np.ndarray]
     seg_token_id: int
+    text: str
+    """What the published predict_forward is to be asked, so that its prompt is ours."""
 
 
 def native_side(
@@ -47,7 +50,13 @@ def native_side(
     taught = compare.up_to(np.array(loaded.preprocess.answer_ids()), loaded.preprocess.seg_token_id).tolist()
     same_words = own.forced or own.answer_ids == taught
     forced = own if same_words else predict(loaded, image_HW3, question, forced=True, max_answer_tokens=1)
-    return NativeSide(own, forced, record(own), loaded.preprocess.seg_token_id)
+    arrays, text = record(own), f"<image>\n{question}"
+    if isinstance(loaded.preprocess, PreprocessQwen):
+        frames, rows, columns = (int(count) for count in own.layout)
+        merge = loaded.preprocess.merge
+        arrays["image_grid_thw"] = np.array([[frames, rows * merge, columns * merge]])
+        text = f"<image>{question}"  # this family's code takes <image> out and puts the image before the text
+    return NativeSide(own, forced, arrays, loaded.preprocess.seg_token_id, text)
 
 
 def record(prediction: Prediction) -> dict[str, np.ndarray]:
@@ -72,7 +81,6 @@ def side_by_side(
     python: Path,
     directory: Path,
     image_HW3: np.ndarray,
-    question: str,
     output: Path,
     *,
     precision: str,
@@ -86,7 +94,7 @@ def side_by_side(
         python,
         directory,
         image_HW3,
-        question,
+        native.text,
         precision=precision,
         max_answer_tokens=max_answer_tokens,
         log=output / LOG,

@@ -113,7 +113,7 @@ def run_published(
     python: Path,
     directory: Path,
     image_HW3: np.ndarray,
-    question: str,
+    text: str,
     *,
     precision: str,
     max_answer_tokens: int,
@@ -126,7 +126,7 @@ def run_published(
         python: from `find_python`.
         directory: whose code runs.
         image_HW3: uint8 RGB, the same pixels that our side sees.
-        question: goes in behind the image and a line break, as in the published training.
+        text: what predict_forward is asked; `<image>` stands for the image.
         precision: "fp32" or "bf16".
         max_answer_tokens: where an answer without an end is cut off.
         log: takes what the code prints.
@@ -140,7 +140,7 @@ def run_published(
         np.save(files["image"], image_HW3)
         request = {
             "directory": str(directory),
-            "text": f"<image>\n{question}",
+            "text": text,
             "precision": precision,
             "max_answer_tokens": max_answer_tokens,
         } | files

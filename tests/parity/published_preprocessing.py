@@ -1,9 +1,10 @@
-"""The published preprocessing of the InternVL family, run as predict_forward runs it, up to where the model begins.
+"""The published preprocessing, run as predict_forward runs it, up to where the model begins.
 
     SA2VA_UPSTREAM=~/Sa2VA ~/sa2va_reference/bin/python tests/parity/published_preprocessing.py FOLDER
 
 Runs under the Python in which the published code works. Reads FOLDER/NAME.png and the tokenizer in FOLDER; writes
 FOLDER/NAME.npz (tiles, sam2_image in fp32 and as in bf16) and FOLDER/prompts.json (token ids by template and question).
+For Qwen-VL it reads the processor in FOLDER/FAMILY and writes FOLDER/FAMILY/NAME.npz, or NAME.txt if it refuses.
 """
 
 import json
@@ -25,8 +26,10 @@ torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
 from models import modeling_sa2va_chat as published  # noqa: E402
 from models.sam2 import SAM2  # noqa: E402
 from models.templates import PROMPT_TEMPLATE  # noqa: E402
+from models_qwen2_5_vl.modeling_sa2va_qwen import Sa2VAChatModelQwen as Qwen2_5  # noqa: E402
+from models_qwen3vl.modeling_sa2va_qwen import Sa2VAChatModelQwen as Qwen3  # noqa: E402
 from preprocessing_cases import IMAGES, QUESTIONS, TEMPLATES  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
+from transformers import AutoProcessor, AutoTokenizer  # noqa: E402
 
 
 class Reached(Exception):
@@ -66,6 +69,48 @@ class Beginning:
         raise RuntimeError("predict_forward ended before the model")
 
 
+class BeginningQwen:
+    """The same for the Qwen-VL families."""
+
+    device, min_pixels, max_pixels, torch_dtype = "cpu", 512 * 28 * 28, 2048 * 28 * 28, torch.float32
+
+    def __init__(self, processor):
+        self.processor = processor
+        self.extra_image_processor = published.DirectResize(1024)
+        self.grounding_encoder = SimpleNamespace(preprocess_image=lambda pixels: pixels)
+        self.model = SimpleNamespace(generate=self.generate)
+
+    def generate(self, **inputs):
+        """Notes the inputs and ends the run."""
+        self.inputs = inputs
+        raise Reached
+
+
+def begin_qwen(kind: type, processor, image: Image.Image) -> dict:
+    """What the published class of a family gives its model."""
+    begun = BeginningQwen(processor)
+    try:
+        kind.predict_forward(begun, image=image, text=f"<image>{QUESTIONS[0]}", processor=processor)
+    except Reached:
+        return begun.inputs
+    raise RuntimeError("predict_forward ended before the model")
+
+
+def run_qwen(folder: Path) -> None:
+    """All images in both families."""
+    for family, kind in (("qwen2_5_vl", Qwen2_5), ("qwen3_vl", Qwen3)):
+        processor = AutoProcessor.from_pretrained(folder / family)
+        for name in IMAGES:
+            image = Image.open(folder / f"{name}.png").convert("RGB")
+            try:
+                inputs = begin_qwen(kind, processor, image)
+            except ValueError as error:
+                (folder / family / f"{name}.txt").write_text(str(error))
+                continue
+            names = ("pixel_values", "image_grid_thw", "input_ids")
+            np.savez(folder / family / f"{name}.npz", **{key: inputs[key].numpy() for key in names})
+
+
 def main(folder: Path) -> None:
     """All images, and all prompts on two of them."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -89,6 +134,7 @@ def main(folder: Path) -> None:
                 begun = Beginning(template, tokenizer, torch.float32).begin(image, question)
                 prompts[f"{name}/{template}/{index}"] = begun.inputs["input_ids"][0].tolist()
     (folder / "prompts.json").write_text(json.dumps(prompts))
+    run_qwen(folder)
 
 
 if __name__ == "__main__":

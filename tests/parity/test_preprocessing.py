@@ -16,8 +16,9 @@ import numpy as np
 import preprocessing_cases as cases
 import pytest
 import torch
-from test_golden_preprocessing import GOLDEN, ours, prompt_ids
+from test_golden_preprocessing import GOLDEN, ours, prompt_ids, qwen_preprocess
 
+from sft.config import UserError
 from sft.data.read import read_image
 
 HERE = Path(__file__).resolve().parent
@@ -36,6 +37,9 @@ def folder(tmp_path_factory) -> Path:
     cases.write_tokenizer(folder)
     for name in cases.IMAGES:
         cases.write_image(name, folder)
+    for family in cases.QWEN:
+        (folder / family).mkdir()
+        cases.write_processor(family, folder / family)
     command = [PYTHON, HERE / "published_preprocessing.py", folder]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -53,6 +57,16 @@ def write_golden(folder: Path) -> None:
             for name, arrays in images.items()
         },
         "prompts": {name: cases.runs(ids) for name, ids in json.loads((folder / "prompts.json").read_text()).items()},
+    }
+    golden["qwen"] = {
+        f"{family}/{name}": {
+            "patches": cases.patch_figures(arrays["pixel_values"]),
+            "prompt": cases.runs(arrays["input_ids"][0].tolist()),
+        }
+        for family in cases.QWEN
+        for name in cases.IMAGES
+        if name not in cases.SCALED and (folder / family / f"{name}.npz").is_file()
+        for arrays in [np.load(folder / family / f"{name}.npz")]
     }
     GOLDEN.write_text(json.dumps(golden) + "\n")
 
@@ -100,3 +114,23 @@ def test_prompts(folder):
     assert len(theirs) == 2 * len(cases.TEMPLATES) * len(cases.QUESTIONS)
     for name, ids in theirs.items():
         assert prompt_ids(name, folder) == ids, name
+
+
+@pytest.mark.parametrize("family", cases.QWEN)
+@pytest.mark.parametrize("name", [name for name in cases.IMAGES if name not in (*cases.SCALED, cases.TOO_LONG)])
+def test_qwen_vl(folder, family, name):
+    """Patches to the last bit after two resizings, their grid, and every token id of the prompt."""
+    theirs = np.load(folder / family / f"{name}.npz")
+    made = qwen_preprocess(family, folder / family)
+    vision = made.vision_input(read_image(folder / f"{name}.png"))
+    assert np.array_equal(vision.pixels.numpy(), theirs["pixel_values"])
+    assert [vision.layout[0], *(2 * side for side in vision.layout[1:])] == theirs["image_grid_thw"][0].tolist()
+    assert made.question_ids(cases.QUESTIONS[0], vision.layout) == theirs["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize("family", cases.QWEN)
+def test_qwen_vl_refuses_the_same(folder, family):
+    """Sides of over 200 to 1."""
+    assert "aspect ratio" in (folder / family / f"{cases.TOO_LONG}.txt").read_text()
+    with pytest.raises(UserError, match="4100 x 20"):
+        qwen_preprocess(family, folder / family).vision_input(read_image(folder / f"{cases.TOO_LONG}.png"))

@@ -1,4 +1,4 @@
-"""launch/verify.py for real: a small InternVL-family directory with SAM2 at its real size and the published Python files.
+"""launch/verify.py for real: a small InternVL directory with SAM2 at its real size and the published Python files.
 
 Needs a clone of the published repository and a Python in which it runs:
 

@@ -158,9 +158,11 @@ class Features:
         sample = read(item.pair)
         image, mask = turned(sample.image_HW3, item.view), turned(sample.mask_HW, item.view)
         question = f"Please segment {sample.phrase} in this image." if sample.phrase else self._config.question
-        return _Inputs(
-            self._preprocess.vision_input(image), self._preprocess.sam2_image(image), torch.from_numpy(mask), question
-        )
+        try:
+            vision = self._preprocess.vision_input(image)
+        except UserError as error:  # of a shape that the vision encoder does not take
+            raise UserError(f"{item.pair.image}: {error}") from None
+        return _Inputs(vision, self._preprocess.sam2_image(image), torch.from_numpy(mask), question)
 
     @torch.no_grad()
     def _encode(self, inputs: _Inputs) -> _Encoded:

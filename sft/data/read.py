@@ -105,6 +105,16 @@ def read(pair: Pair) -> Sample:
     return Sample(pair.name, decoded.image_HW3, decoded.mask_HW, pair.phrase)
 
 
+def read_image(path: Path) -> np.ndarray:
+    """Reads an image that has no mask: uint8 RGB (H, W, 3), turned upright by its EXIF tag.
+
+    Raises:
+        UserError: the file is missing, broken, of an unknown kind, or its values cannot be shown.
+    """
+    image = open_image(path)
+    return _to_rgb(path, image if orientation(image) == 1 else ImageOps.exif_transpose(image))[0]
+
+
 def open_image(path: Path) -> Image.Image:
     """Opens an image file and decodes all of it.
 

@@ -162,7 +162,7 @@ def test_a_trained_encoder_gets_images_and_its_lora_gets_gradients(made, pairs):
     batch = only(features, [Item(pair) for pair in pairs[:2]])
     assert isinstance(batch.sam2, torch.Tensor) and batch.sam2.shape == (2, 3, 128, 128)
     assert features.calls == {"vision_features": 2, "sam2_features": 0}, "vision tokens are still kept"
-    output = features.peft_model(batch.prompt, batch.vision.tokens_MC, batch.sam2)
+    output = features.peft_model(batch.prompt, batch.vision, batch.sam2)
     output.masks.logits_Bhw.square().mean().backward()
     assert features.calls["sam2_features"] == 1
     trained = {name: p for name, p in features.peft_model.named_parameters() if p.requires_grad}

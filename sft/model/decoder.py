@@ -23,7 +23,9 @@ class Decoder:
 
     Attributes:
         recomputed_layers: how many layers, counted from the first, are computed again in the backward pass.
-        graph_tokens: largest batch (B * L positions) that is replayed as a CUDA graph while training; 0: none.
+        graph_tokens: largest batch (B * L positions) that is replayed as a CUDA graph while training; 0: none. A
+            replay writes where the one before it wrote: take the gradients of a backward pass before the next forward
+            pass (`Vector.take_gradients` does), or the next replay changes them.
     """
 
     def __init__(self, text_model: nn.Module):

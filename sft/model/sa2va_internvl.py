@@ -46,6 +46,10 @@ class Sa2VAInternVL(Sa2VA):
         language_width = language_config.hidden_size
         shuffled_width = vision_config.hidden_size * int(1 / settings.downsample_ratio) ** 2
         self.vision_model = InternVLVisionModel(vision_config)
+        if vision_config.use_qk_norm:  # transformers leaves their epsilon at 1e-6; InternViT has one for all norms
+            for layer in self.vision_model.encoder.layer:
+                for norm in (layer.attention.q_norm, layer.attention.k_norm):
+                    norm.variance_epsilon = vision_config.layer_norm_eps
         self.mlp1 = nn.Sequential(
             nn.LayerNorm(shuffled_width),
             nn.Linear(shuffled_width, language_width),

@@ -68,7 +68,7 @@ _VIT_300M = {
     "qk_normalization": False,
     "norm_type": "layer_norm",
 }
-_VIT_6B = _VIT_300M | {"qkv_bias": False, "qk_normalization": True, "norm_type": "rms_norm"}
+_VIT_6B = _VIT_300M | {"qkv_bias": False, "qk_normalization": True, "norm_type": "rms_norm", "layer_norm_eps": 1e-3}
 _LANGUAGE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,

@@ -99,7 +99,7 @@ def test_every_token_of_a_prompt():
     made, tokenizer = small.preprocess("qwen3_vl"), small.tokenizer()
     question = ["<|im_start|>", "system", "\n", *small.SYSTEM.removesuffix(".").split(), ".", "<|im_end|>", "\n"]
     question += ["<|im_start|>", "user", "\n", "<|vision_start|>", *["<|image_pad|>"] * 6, "<|vision_end|>"]
-    question += ["Please", "segment", "the", "blood", "vessels", "in", "this", "image", ".", "<|im_end|>", "\n"]
+    question += ["\n", "Please", "segment", "the", "blood", "vessels", "in", "this", "image", ".", "<|im_end|>", "\n"]
     question += ["<|im_start|>", "assistant", "\n"]
     answer = ["Sure", ",", "[SEG]", ".", "<|im_end|>"]
     ids = made.question_ids(small.QUESTION, (1, 2, 3))

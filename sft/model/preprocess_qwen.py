@@ -75,7 +75,8 @@ class PreprocessQwen(Preprocess):
     def question_ids(self, question: str, layout: Layout) -> list[int]:
         """Token ids of the chat template up to and with the assistant's turn, for free generation.
 
-        As in predict_forward: with the system turn that a template adds, which the authors' own training leaves out.
+        With a line break between image and question, as in the published training and evaluation, and as predict_forward
+        with the system turn that a template adds, which that training leaves out.
 
         Raises:
             UserError: the question holds a word that stands for a piece of an image.
@@ -83,7 +84,7 @@ class PreprocessQwen(Preprocess):
         for word in RESERVED:
             if word in question:  # it would take another sample's vision token
                 raise UserError(f"question {question!r}: {word} stands for a piece of the image; leave it out")
-        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"\n{question}"}]}]
         text = self.tokenizer.apply_chat_template(
             messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
         )

@@ -50,13 +50,12 @@ def native_side(
     taught = compare.up_to(np.array(loaded.preprocess.answer_ids()), loaded.preprocess.seg_token_id).tolist()
     same_words = own.forced or own.answer_ids == taught
     forced = own if same_words else predict(loaded, image_HW3, question, forced=True, max_answer_tokens=1)
-    arrays, text = record(own), f"<image>\n{question}"
+    arrays = record(own)
     if isinstance(loaded.preprocess, PreprocessQwen):
         frames, rows, columns = (int(count) for count in own.layout)
         merge = loaded.preprocess.merge
         arrays["image_grid_thw"] = np.array([[frames, rows * merge, columns * merge]])
-        text = f"<image>{question}"  # this family's code takes <image> out and puts the image before the text
-    return NativeSide(own, forced, arrays, loaded.preprocess.seg_token_id, text)
+    return NativeSide(own, forced, arrays, loaded.preprocess.seg_token_id, f"<image>\n{question}")
 
 
 def record(prediction: Prediction) -> dict[str, np.ndarray]:

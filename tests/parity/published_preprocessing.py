@@ -90,7 +90,7 @@ def begin_qwen(kind: type, processor, image: Image.Image) -> dict:
     """What the published class of a family gives its model."""
     begun = BeginningQwen(processor)
     try:
-        kind.predict_forward(begun, image=image, text=f"<image>{QUESTIONS[0]}", processor=processor)
+        kind.predict_forward(begun, image=image, text=f"<image>\n{QUESTIONS[0]}", processor=processor)
     except Reached:
         return begun.inputs
     raise RuntimeError("predict_forward ended before the model")

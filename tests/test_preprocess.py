@@ -94,6 +94,15 @@ def test_every_token_of_a_prompt():
     assert prompt.labels_BL is None
 
 
+def test_rows_grow_to_a_multiple_and_nothing_else_changes():
+    """On a GPU every new length is compiled anew; padding stands behind everything that is read."""
+    plain, padded = (small.preprocess().prompt([small.QUESTION], [(2, 2, 2)], multiple_of=size) for size in (1, 32))
+    length = plain.input_ids_BL.shape[1]
+    assert length % 32 and padded.input_ids_BL.shape[1] == -(-length // 32) * 32
+    assert padded.input_ids_BL[:, :length].equal(plain.input_ids_BL)
+    assert padded.seg_position_B.equal(plain.seg_position_B)
+
+
 def test_prompts_are_padded_on_the_right_and_labels_are_the_next_token():
     preprocess = small.preprocess()
     answer, layouts = preprocess.answer_ids(), [preprocess.layout(1), preprocess.layout(3)]

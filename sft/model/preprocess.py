@@ -101,11 +101,19 @@ class Preprocess:
         """Ends of a greedy answer: the end of the turn, and [SEG] itself, after which nothing matters for a mask."""
         return [self.seg_token_id, self.tokenizer.convert_tokens_to_ids(self.end_token)]
 
-    def prompt(self, questions: list[str], layouts: list[Layout], *, with_labels: bool = False) -> Prompt:
+    def prompt(
+        self, questions: list[str], layouts: list[Layout], *, with_labels: bool = False, multiple_of: int = 1
+    ) -> Prompt:
         """Teacher-forced prompts of B samples, right-padded.
 
         Without labels a row ends at [SEG], since nothing after it reaches the mask; with labels the whole answer
         is there and its tokens are the labels.
+
+        Args:
+            questions: one per sample.
+            layouts: of the samples' images.
+            with_labels: whether the text is trained.
+            multiple_of: rows are padded to a multiple of so many tokens, so that fewer lengths are compiled.
         """
         answer = self.answer_ids()
         if not with_labels:
@@ -116,11 +124,12 @@ class Preprocess:
             rows.append(question_ids + answer)
             labels.append([IGNORED] * (len(question_ids) - 1) + answer + [IGNORED])
             seg_positions.append(len(question_ids) + answer.index(self.seg_token_id))
-        input_ids_BL = _pad(rows, self.stop_token_ids[-1])
+        longest = -(-max(map(len, rows)) // multiple_of) * multiple_of
+        input_ids_BL = _pad(rows, longest, self.stop_token_ids[-1])
         return Prompt(
             input_ids_BL,
             torch.tensor(seg_positions),
-            _pad(labels, IGNORED) if with_labels else None,
+            _pad(labels, longest, IGNORED) if with_labels else None,
             self.position_ids(input_ids_BL, layouts),
         )
 
@@ -203,6 +212,5 @@ def _normalise(image: Image.Image) -> Tensor:
     return ((pixels_HW3 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)).permute(2, 0, 1)
 
 
-def _pad(rows: list[list[int]], filler: int) -> Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+def _pad(rows: list[list[int]], length: int, filler: int) -> Tensor:
+    return torch.tensor([row + [filler] * (length - len(row)) for row in rows])

@@ -75,8 +75,8 @@ class PreprocessQwen(Preprocess):
     def question_ids(self, question: str, layout: Layout) -> list[int]:
         """Token ids of the chat template up to and with the assistant's turn, for free generation.
 
-        With a line break between image and question, as in the published training and evaluation, and as predict_forward
-        with the system turn that a template adds, which that training leaves out.
+        With a line break between image and question, as in the published training and evaluation, and with the system
+        turn that the template adds, as predict_forward has it, which that training leaves out.
 
         Raises:
             UserError: the question holds a word that stands for a piece of an image.

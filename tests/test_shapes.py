@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import math
 
 import pytest
+import small_qwen
+import small_runs
 import small_sa2va as small
 import torch
 from accelerate import init_empty_weights
@@ -19,6 +22,7 @@ from transformers import (
 from sft.config import UserError
 from sft.model import published, random_weights, shapes
 from sft.model.tiny import tokenizer_with
+from sft.train import train
 
 SAM2_PARAMETERS = 224.4e6  # Hiera-L with the video memory, which is a twentieth of it
 IMAGE_PARAMETERS = 0.304e9  # InternViT-300M
@@ -144,3 +148,43 @@ def test_writing_holds_the_block_and_no_model(tmp_path, special_ids, monkeypatch
     drawn = 997 * (4 + 2)  # in fp32, then in bf16; later two copies of a piece
     made = 512 * 32 * 4  # the largest tensor of the model, before it goes to the meta device
     assert counted.peak <= drawn + made + 10_000 < total / 4  # 10,000: rotary frequencies
+
+
+@pytest.fixture
+def qwen_ids():
+    vocabulary = small_qwen.tokenizer().get_vocab()
+    tokens = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *small_qwen._VISION, "[SEG]")
+    return {token: vocabulary[token] for token in tokens}
+
+
+@pytest.mark.parametrize("family", small_qwen.FAMILIES)
+def test_a_random_qwen_directory_loads_asks_and_trains(family, tmp_path, qwen_ids):
+    """Tokenizer, chat template and processor are there: a run of two epochs changes the loss and stays finite."""
+    total = write(tmp_path / "model", qwen_ids, settings=small_qwen.config(family))
+    loaded = published.load(str(tmp_path / "model"), dtype=torch.float32)
+    assert sum(tensor.numel() * 2 for tensor in published.published_state(loaded.model).values()) == total
+    image = loaded.preprocess.vision_input(small_qwen.images(1)[0])
+    prompt = loaded.preprocess.prompt([small.QUESTION], [image.layout])
+    ids_L = prompt.input_ids_BL[0].tolist()
+    assert ids_L.count(qwen_ids["<|image_pad|>"]) == image.layout[1] * image.layout[2]
+    assert ids_L.count(qwen_ids["<|vision_start|>"]) == ids_L.count(qwen_ids["<|vision_end|>"]) == 1
+    assert ids_L.count(qwen_ids["<|im_start|>"]) == (3 if family == "qwen2_5_vl" else 2)  # Qwen3-VL has no system turn
+    small_runs.write_images(tmp_path / "data")
+    (tmp_path / "val.txt").write_text("v1\nv4\n")
+    result = train(small_runs.settings(tmp_path, tmp_path / "runs"))
+    first, last = small_runs.values(result, "train", "loss")
+    assert math.isfinite(first) and math.isfinite(last) and first != last
+
+
+@pytest.mark.parametrize("name", ["qwen2_5vl-3b", "qwen3vl-4b"])
+def test_a_directory_of_a_published_qwen_shape_has_all_its_parameters(name, tmp_path, monkeypatch):
+    """The model's stated ones, a head of its own, SAM2 and the two layers before it; only the bytes are left out."""
+    monkeypatch.setattr(random_weights, "_write_shard", lambda *_: None)
+    shape = shapes.named(name)
+    total = random_weights.write(shape, tmp_path)
+    text = shape.config["text_config"]
+    width = text["hidden_size"]
+    expected = STATED_QWEN[name] * 1e9 + width * text["vocab_size"] + SAM2_PARAMETERS + width * (width + 256)
+    assert total / 2 == pytest.approx(expected, rel=0.005)
+    preprocess = published.make_preprocess(shape.config, published._read_tokenizer(tmp_path), tmp_path)
+    assert preprocess.image_token_id == shape.config["image_token_id"]

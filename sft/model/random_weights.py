@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
-from sft.model import published, weights
+from sft.model import preprocess_qwen, published, published_qwen, weights
 from sft.model.preprocess import IMAGE_TOKEN
 from sft.model.shapes import Shape
 from sft.model.tiny import tokenizer_with
@@ -21,10 +21,23 @@ from sft.model.tiny import tokenizer_with
 SHARD_BYTES = 5 * 10**9  # as transformers cut them when Sa2VA was published
 BLOCK = 16_777_213  # random numbers drawn; a prime, so that rows cut from them in turn begin at different places
 DTYPE = torch.bfloat16
+# What the published Qwen-VL templates make of a turn with one image, and nothing of what else they can do.
+_SYSTEM_TURN = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+)
+_TURNS = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def write(shape: Shape, directory: Path, *, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> int:
-    """Writes config.json, tokenizer and bf16 shards with their index; returns the bytes of the weights.
+    """Writes config.json, tokenizer, bf16 shards with their index and, for Qwen-VL, the processor's file.
+
+    Returns the bytes of the weights.
 
     Weights are drawn with a deviation of 1 / sqrt(fan in) and norms lie near 1, so that activations stay finite at any
     depth. They come from one block of random numbers, read from different places.
@@ -40,8 +53,7 @@ def write(shape: Shape, directory: Path, *, seed: int = 0, shard_bytes: int = SH
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(shape.config, indent=2) + "\n", encoding="utf-8")
-    tokenizer_with(shape.special_ids).save_pretrained(directory)
-    tensors = _empty_tensors(directory, shape.special_ids[IMAGE_TOKEN])
+    tensors = _empty_tensors(directory, _write_texts(shape, directory))
     block_N = torch.randn(BLOCK, generator=torch.Generator().manual_seed(seed)).to(DTYPE)
     places = random.Random(seed)
     shards = _cut(tensors, shard_bytes)
@@ -56,6 +68,19 @@ def write(shape: Shape, directory: Path, *, seed: int = 0, shard_bytes: int = SH
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / weights.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return total
+
+
+def _write_texts(shape: Shape, directory: Path) -> int:
+    """Tokenizer, and chat template and processor where the family has them; returns the image token's id."""
+    tokenizer = tokenizer_with(shape.special_ids)
+    if preprocess_qwen.IMAGE_TOKEN not in shape.special_ids:
+        tokenizer.save_pretrained(directory)
+        return shape.special_ids[IMAGE_TOKEN]
+    family = published_qwen.family(shape.config, directory / "config.json")
+    tokenizer.chat_template = _TURNS if family == "qwen3_vl" else _SYSTEM_TURN + _TURNS
+    tokenizer.save_pretrained(directory)
+    published_qwen.write_processor(directory, shape.config)
+    return shape.special_ids[preprocess_qwen.IMAGE_TOKEN]
 
 
 def _empty_tensors(directory: Path, image_token_id: int) -> dict[str, Tensor]:

@@ -33,9 +33,14 @@ def record(config: TrainConfig, ranks: engine.Ranks) -> dict:
         "ranks": ranks.world_size,
         "device": device_name(ranks.device),
         "git_commit": git_commit(),
-        "versions": {"sa2va-sft": __version__, "python": platform.python_version()}
-        | {package: version(package) for package in PACKAGES},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of this package, Python and the libraries that decide a result."""
+    ours = {"sa2va-sft": __version__, "python": platform.python_version()}
+    return ours | {package: version(package) for package in PACKAGES}
 
 
 def check_same_settings(file: Path, config: TrainConfig) -> None:

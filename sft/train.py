@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sft import checkpoint, data, engine, losses, metrics, provenance
+from sft import checkpoint, data, engine, losses, metrics, operations, provenance
 from sft import run as runs
 from sft.checkpoint import Progress
 from sft.config import TrainConfig
@@ -87,10 +87,12 @@ def train_epoch(run: Run, epoch: int) -> None:
     whole = functools.partial(engine.full_parameters, run.ds_engine)
     check = lora.GradientCheck(run.peft_model, whole) if run.progress.step == 0 else None
     sums: dict[str, Tensor] = {}
+    effort = operations.Effort(run.loaded.model, run.ranks.device)
     plan = epoch_plan(run, epoch)
     for number, batch in enumerate(watch.timed("data", run.features.batches(plan)), start=1):
         lr = run.ds_engine.learning_rate()  # of this step; the step itself moves it on
         terms = train_step(run, batch, watch)
+        effort.add(batch.prompt)
         sums = {name: sums.get(name, 0) + value for name, value in terms.items()}
         if number % config.gradient_accumulation_steps:
             continue
@@ -104,7 +106,8 @@ def train_epoch(run: Run, epoch: int) -> None:
     run.watch.check(config)
     run.progress = dataclasses.replace(run.progress, epoch=epoch)
     means = {name: engine.all_reduce_sum(value / len(plan)) / run.ranks.world_size for name, value in sums.items()}
-    row = {"epoch": epoch, "step": run.progress.step, "lr": lr} | _loss_row(means) | _speed_row(run, plan, watch)
+    row = {"epoch": epoch, "step": run.progress.step, "lr": lr} | _loss_row(means)
+    row |= _speed_row(run, plan, watch, effort)
     epochs_done = epoch - run.first_epoch + 1
     row["eta_s"] = (time.monotonic() - run.started_s) / epochs_done * (config.num_epochs - epoch)
     run.log.epoch(row)
@@ -354,15 +357,15 @@ def _loss_row(terms: dict[str, Tensor]) -> dict[str, float]:
     return {("loss" if name == "total" else name): float(value) for name, value in terms.items()}
 
 
-def _speed_row(run: Run, plan: list[list[Item]], watch: Stopwatch) -> dict[str, float]:
-    """Samples per second over all ranks, the mean step and its parts, GPU memory."""
+def _speed_row(run: Run, plan: list[list[Item]], watch: Stopwatch, effort: operations.Effort) -> dict[str, float]:
+    """Samples per second over all ranks, the mean step and its parts, and on a GPU its memory and MFU."""
     shares, elapsed_s = watch.seconds(), watch.elapsed_s()
     row = {f"{part}_s": shares[part] / run.steps_per_epoch for part in ("data", "forward", "backward", "optimizer")}
     row["step_s"] = elapsed_s / run.steps_per_epoch
     row["samples_per_s"] = sum(map(len, plan)) * run.ranks.world_size / elapsed_s
     if run.ranks.device.type == "cuda":
         row["gpu_gib"] = torch.cuda.max_memory_allocated(run.ranks.device) / 2**30
-    return row
+    return row | effort.row(elapsed_s)
 
 
 def _scores(row: dict) -> dict[str, float]:

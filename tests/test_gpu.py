@@ -31,7 +31,7 @@ def test_bf16_zero2_learns_on_cuda(config):
     result = train(config)
     assert result.dice > result.base_dice
     row = rows_of(result, "train")[-1]
-    assert row["gpu_gib"] > 0
+    assert row["gpu_gib"] > 0 and 0 < row["mfu"] < 1
     parts = sum(row[f"{part}_s"] for part in ("data", "forward", "backward", "optimizer"))
     assert 0.3 < parts / row["step_s"] < 1.1, "the parts of a step must make up the step"
 

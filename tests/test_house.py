@@ -20,10 +20,11 @@ LAYERS = (
     ("config", "ranks"),
     ("devices", "feature_store", "finite", "flat", "losses", "synthetic", "zero_json"),
     ("data", "engine", "memory", "model", "report"),
-    ("checkpoint", "features", "gate", "predict", "provenance"),
+    ("checkpoint", "features", "gate", "operations", "predict", "provenance"),
     ("pace", "verify"),
     ("run", "pretrain", "card"),
     ("train",),
+    ("benchmark",),
     SCRIPTS,
 )
 BEFORE_TORCH = ("settings", "config", "ranks", "devices", "zero_json")  # --help answers at once

@@ -62,7 +62,7 @@ def estimate(config: TrainConfig, size: ModelSize, world_size: int) -> dict[str,
         "gradients": value * trainable // (world_size if stage >= 2 else 1),
         "optimizer": 0 if offload else OPTIMIZER_BYTES * trainable // world_size,
         "activations": config.batch_size * (layers + MASK_PIXEL_BYTES * size.mask_pixels),
-        "features": size.cached_bytes if config.feature_cache == "memory" else 0,
+        "features": size.cached_bytes,
     }
 
 
@@ -116,8 +116,8 @@ def _remedies(config: TrainConfig, size: ModelSize, world_size: int) -> list[tup
         remedies.append(("--deepspeed_config zero3", {"deepspeed_config": "zero3"}, size))
     if config.precision == "fp32":
         remedies.append(("--precision bf16", {"precision": "bf16"}, size))
-    if config.feature_cache == "memory":
-        remedies.append(("--feature_cache off", {"feature_cache": "off"}, size))
+    if size.cached_bytes:
+        remedies.append(("--feature_cache host", {"feature_cache": "host"}, replace(size, cached_bytes=0)))
     return remedies
 
 

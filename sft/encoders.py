@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from sft import feature_store
 from sft.config import TrainConfig
 from sft.feature_store import Entry
 from sft.model.preprocess import Preprocess
-from sft.model.sa2va import Layout, Sa2VA, VisionFeatures, VisionInput
+from sft.model.sa2va import Layout, Sa2VA, Sam2Features, VisionFeatures, VisionInput
 
 SAM2_PARTS = ("level0", "level1", "embedding")
 COMPILE_FROM_IMAGES = 10_000  # below, compiling SAM2's encoder takes longer than it saves
@@ -81,7 +81,7 @@ class Encoders:
         self.sizes = SIZES[device.type]
         self.resting = False
         self._compile = config.compile
-        self._sam2_features = model.sam2_features
+        self._compiled: Callable[..., Sam2Features] | None = None
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def load(self, images: Sequence[np.ndarray]) -> Loaded:
@@ -117,11 +117,11 @@ class Encoders:
         """SAM2's encoder is compiled inside, if so many images are worth it; tells whether."""
         compiles = _worth_compiling(self._compile, self.device, images) and not self.sam2_trains
         if compiles:
-            self._sam2_features = torch.compile(self.model.sam2_features, dynamic=False)
+            self._compiled = torch.compile(self.model.sam2_features, dynamic=False)
         try:
             yield compiles
         finally:
-            self._sam2_features = self.model.sam2_features
+            self._compiled = None
 
     def entry_bytes(self, layout: Layout) -> int:
         """Size of the entry of an image with so many vision tokens."""
@@ -248,11 +248,11 @@ class Encoders:
     def _sam2_parts(self, pixels_B3HW: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """SAM2's features of each image; a compiled encoder always gets the same number, filled up with the last."""
         count = len(pixels_B3HW)
-        if self._sam2_features != self.model.sam2_features and count < self.sizes.sam2_images:
+        if self._compiled and count < self.sizes.sam2_images:
             filling = pixels_B3HW[-1:].expand(self.sizes.sam2_images - count, -1, -1, -1)
             pixels_B3HW = torch.cat([pixels_B3HW, filling])
         images = self.preprocess.normalise_sam2(pixels_B3HW, self.dtype)
-        features = self._sam2_features(images, project=self.project)
+        features = (self._compiled or self.model.sam2_features)(images, project=self.project)
         parts = (features.level0_BCHW, features.level1_BCHW, features.embedding_BDHW)
         return zip(*(part[:count] for part in parts), strict=True)
 

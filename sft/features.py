@@ -270,9 +270,16 @@ class Features:
         keys = [[self._key(item) for item in items] for items in plan]
         return feature_store.read_ahead(self._store, keys, self._device)
 
+    def _read(self, item: Item) -> Entry | None:
+        (((entry,),)) = feature_store.read_ahead(self._store, [[self._key(item)]], self._device)
+        return entry
+
     def _complete(self, found: dict[Item, Entry | None], prepared: dict[Item, _Prepared]) -> None:
         """Computes what no store had: all of it, or what is damaged or gone."""
         missing = [item for item, entry in found.items() if entry is None]
+        if not isinstance(self._store, NoStore):  # a batch before this one may have computed it since
+            found |= {item: entry for item in missing if (entry := self._read(item)) is not None}
+            missing = [item for item in missing if found[item] is None]
         if not missing:
             return
         loaded = [prepared[item].loaded or self._load(item.pair, [item.view]) for item in missing]

@@ -16,6 +16,8 @@ OPTIMIZER_BYTES = 12  # fp32 master and AdamW's two moments, per trainable param
 HIDDEN_VALUES, INTERMEDIATE_VALUES = 18, 4  # kept per token and layer, in units of the two widths
 MASK_PIXEL_BYTES = 128  # mask decoder, upsampled fp32 logits and the loss terms, per pixel of the mask
 GIB = 2**30
+STEP_MARGIN = 1.25  # of the estimate, before GPU memory goes to features
+FILLING_BYTES = 6 * GIB  # what the encoders take at once, with what waits around them
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,19 @@ def estimate(config: TrainConfig, size: ModelSize, world_size: int) -> dict[str,
         "activations": config.batch_size * (layers + MASK_PIXEL_BYTES * size.mask_pixels),
         "features": size.cached_bytes,
     }
+
+
+def still_needed(config: TrainConfig, size: ModelSize, world_size: int, held_bytes: int) -> int:
+    """Bytes that must stay free on a GPU when features move in: of the step, or of the encoders that fill.
+
+    Args:
+        config: the run's settings.
+        size: of the model and one sample.
+        world_size: number of ranks.
+        held_bytes: what the run has taken already.
+    """
+    step = int(STEP_MARGIN * sum(estimate(config, size, world_size).values()))
+    return max(FILLING_BYTES, step - held_bytes)
 
 
 def explain_out_of_memory(

@@ -15,7 +15,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 
 from sft import checkpoint, data, engine, pace, provenance, zero_json
@@ -23,7 +22,7 @@ from sft.config import TrainConfig, UserError
 from sft.feature_store import cache_directory, listed
 from sft.features import Features, Item
 from sft.finite import FiniteWatch
-from sft.memory import GIB, ModelSize, estimate, explain_out_of_memory
+from sft.memory import GIB, ModelSize, estimate, explain_out_of_memory, still_needed
 from sft.model import lora, published
 from sft.model.preprocess import Preprocess
 from sft.report import NullLog, RunLog
@@ -33,9 +32,7 @@ from sft.report.pictures import ComparisonRow, comparison_picture
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.model")
 PROCESSOR_FILES = ("chat_template.*", "*processor_config.json")  # of the Qwen-VL families
 PICTURED = 4  # validation images in the comparison picture
-SIZES_TRIED = 16  # of the images' sizes, for the longest prompt: preparing an image takes some 10 ms
-STEP_MARGIN = 1.25  # of the estimate of a step, before GPU memory goes to features
-FILLING_BYTES = 6 * GIB  # what the encoders take at once, with what waits around them
+SIZES_TRIED = 16  # of the images' sizes, for the longest prompt: a tokenizer takes some ms
 
 Found = TypeVar("Found")
 
@@ -185,8 +182,8 @@ def keep_features(run: Run, items: list[Item], now: list[Item] | None = None) ->
     """
     reserve_bytes = 0
     if run.ranks.device.type == "cuda":
-        needed = sum(estimate(run.config, run.size, run.ranks.world_size).values()) * STEP_MARGIN
-        reserve_bytes = max(FILLING_BYTES, int(needed) - torch.cuda.memory_allocated(run.ranks.device))
+        held = torch.cuda.memory_allocated(run.ranks.device)
+        reserve_bytes = still_needed(run.config, run.size, run.ranks.world_size, held)
     run.log.line(run.features.choose(items, run.ranks, reserve_bytes, dry=now is not None).sentence)
     if filled := run.features.fill(items if now is None else now, run.ranks):
         run.log.line(filled)
@@ -277,7 +274,7 @@ def _model_size(loaded: published.Loaded, peft_model, config: TrainConfig, loade
 
 def _prompt_tokens(preprocess: Preprocess, config: TrainConfig, width: int, height: int) -> int:
     """Tokens of a sample with an image of this size."""
-    layout = preprocess.vision_input(np.zeros((height, width, 3), np.uint8)).layout
+    layout = preprocess.image_layout(height, width)
     return preprocess.prompt([config.question], [layout]).input_ids_BL.shape[1]
 
 

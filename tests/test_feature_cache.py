@@ -1,4 +1,4 @@
-"""Runs with frozen features kept on the GPU, in host memory, on the disk or nowhere: the same figures, computed once."""
+"""Runs with frozen features on the GPU, in host memory, on the disk or nowhere: the same figures, computed once."""
 
 import dataclasses
 import json

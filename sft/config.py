@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from sft.settings import PATH, Range, UserError, add_flags, checked, docs_of, nearest, settings_of
+from sft.settings import PATH, Former, Range, UserError, add_flags, checked, docs_of, nearest, settings_of
 
 DEEPSPEED_CONFIGS = Path(__file__).resolve().parent.parent / "deepspeed_configs"
 EMBEDDED = "embedded"  # the model and the data that come with the package
@@ -131,8 +131,12 @@ class TrainConfig:
     """The same in DeepSpeed's words, `localhost:0,1`."""
     num_workers: Annotated[int, Range(at_least=0)] = 2
     """Threads that read images ahead of the step, per rank; 0 counts as 1."""
-    feature_cache: Literal["memory", "off"] = "memory"
-    """Where outputs of frozen encoders are kept."""
+    feature_cache: Annotated[
+        Literal["auto", "gpu", "host", "disk", "off"], Former("memory", "auto, or host to insist on host memory")
+    ] = "auto"
+    """Where outputs of frozen encoders are kept; auto takes the first of gpu, host and disk with room for all."""
+    feature_cache_dir: PathText | None = None
+    """Folder of features that runs share; none: ~/.cache/sa2va-sft/features."""
     resume: PathText | None = None
     """Checkpoint directory to continue from; `auto` takes the latest in output_dir."""
     dry_run: bool = False
@@ -244,7 +248,9 @@ def check_paths(config: TrainConfig) -> None:
     """
     try:
         _check_inputs(config)
-        _check_output(Path(config.output_dir))
+        _check_output("output_dir", Path(config.output_dir))
+        if config.feature_cache_dir:
+            _check_output("feature_cache_dir", Path(config.feature_cache_dir))
         if config.resume == "auto" and not any(Path(config.output_dir).glob("lora_sft_*/checkpoint_*")):
             raise UserError(f"resume auto: no checkpoint of any run in {config.output_dir}; leave --resume out")
     except OSError as error:  # even looking is forbidden, or the name is too long
@@ -348,13 +354,13 @@ def _check_inputs(config: TrainConfig) -> None:
     deepspeed_config_path(config.deepspeed_config)
 
 
-def _check_output(folder: Path) -> None:
+def _check_output(setting: str, folder: Path) -> None:
     """A folder that can be written or made."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise UserError(f"output_dir {folder}: {existing} is a file; name another folder")
+        raise UserError(f"{setting} {folder}: {existing} is a file; name another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir {folder}: no permission to write in {existing}; name another folder")
+        raise UserError(f"{setting} {folder}: no permission to write in {existing}; name another folder")
 
 
 def _check_model_directory(path: Path) -> None:

@@ -1,31 +1,39 @@
-"""Batches with the outputs of the frozen encoders, which are computed once per run, image and view.
+"""Batches with the outputs of the frozen encoders, which are computed once per image and view and kept.
 
-Takes pairs (and which flip or turn of them), gives `Batch`es on the device. The one door for the rest of the project is
-`Features.batches`; behind it stand reading, preprocessing, the encoders and the memory that keeps their outputs.
-Vision tokens depend on the image alone, SAM2's features too unless its encoder trains: then its input image is kept.
+Takes pairs (and which flip or turn of them), gives `Batch`es on the device. The doors for the rest of the project are
+`Features.choose` and `Features.fill`, before the first step, and `Features.batches`; behind them stand reading, the
+encoders and a feature store. Masks and questions belong to pairs and stay in host memory, packed.
 
 Shapes: B samples, H x W pixels.
 """
 
-import itertools
-import re
-from collections.abc import Iterator, Sequence
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sft import engine, feature_fill, feature_store
 from sft.config import TrainConfig, UserError
-from sft.data import Pair, read
+from sft.data import Pair, read_image_of, read_mask
+from sft.encoders import SAM2_PARTS, Encoders, Loaded, vision_of
+from sft.feature_fill import Work
+from sft.feature_store import Demand, DiskStore, Entry, MemoryStore, NoStore, Place, Room
 from sft.model.preprocess import Preprocess
-from sft.model.sa2va import Layout, Prompt, Sa2VA, Sam2Features, VisionFeatures, VisionInput
+from sft.model.sa2va import Prompt, Sa2VA, Sam2Features, VisionFeatures
+from sft.ranks import local_ranks
 
 VIEWS = 8  # the image as it is, its mirror image, and their quarter turns
 READ_AHEAD_BATCHES = 2
-MEMORY_SHARE = 0.8  # of the memory that is free: what kept features may take
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -51,31 +59,23 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """What is read from the disk for one item."""
+class _Known:
+    """What is told of an image without decoding it."""
 
-    vision: VisionInput
-    sam2_image_3HW: Tensor
-    mask_HW: Tensor
-    question: str
+    key: str
+    size_hw: tuple[int, int]
 
 
 @dataclass(frozen=True)
-class _Encoded:
-    """What is kept of one item: no gradient ever reaches it."""
+class _Prepared:
+    """What a thread has ready for one sample."""
 
-    vision: VisionFeatures
-    layout: Layout
-    sam2: tuple[Tensor, ...]  # level0, level1, embedding, each without the batch dimension; or the one input image
     mask_HW: Tensor
-    question: str
-
-    def bytes(self) -> int:
-        return self.vision.nbytes + sum(tensor.nbytes for tensor in (*self.sam2, self.mask_HW))
+    loaded: Loaded | None
 
 
 class Features:
-    """The frozen encoders of one run and the memory of their outputs.
+    """The frozen encoders of one run and where their outputs are kept; nowhere until `choose` was called.
 
     Args:
         model: the native model on its device; its encoders are used as they stand.
@@ -85,116 +85,228 @@ class Features:
     """
 
     def __init__(self, model: Sa2VA, preprocess: Preprocess, config: TrainConfig, device: torch.device):
-        self._model, self._preprocess, self._config, self._device = model, preprocess, config, device
-        self._dtype = next(model.parameters()).dtype
-        self._encoder_trains = "sam2_encoder" in config.lora_scope
-        # conv_s0 and conv_s1 belong to the mask decoder: while it trains, features are kept before them.
-        self._project = "mask_decoder" not in config.train_modules
-        self._kept: dict[Item, _Encoded] = {}
+        self._preprocess, self._config, self._device = preprocess, config, device
+        self._encoders = Encoders(model, preprocess, config, device)
+        self._store: DiskStore | MemoryStore | NoStore = NoStore()
+        self._known: dict[str, _Known] = {}  # by the pair's name, as the masks
+        self._masks: dict[str, tuple[np.ndarray, tuple[int, int]]] = {}
+        self._rejected = 0
+        self._place: Place | None = None
+        self.gpu_bytes = 0  # of GPU memory that kept features take
         self.longest_prompt_tokens = 0  # over all batches so far, image and answer included
         self._readers = ThreadPoolExecutor(max(1, config.num_workers), thread_name_prefix="read")
 
-    def batches(self, plan: Sequence[Sequence[Item]]) -> Iterator[Batch]:
-        """Yields one Batch per entry of the plan, in its order; files of the next ones are read meanwhile."""
-        reading: dict[Item, Future] = {}
-        for position, items in enumerate(plan):
-            for item in itertools.chain(*plan[position : position + 1 + READ_AHEAD_BATCHES]):
-                if item not in self._kept and item not in reading:
-                    reading[item] = self._readers.submit(self._read, item)
-            missing = [item for item in dict.fromkeys(items) if item in reading]
-            encoded = {item: self._encode(reading.pop(item).result()) for item in missing}
-            if self._config.feature_cache == "memory":
-                self._kept |= encoded
-            yield self._collate([encoded.get(item) or self._kept[item] for item in items], tuple(items))
-
-    def check_memory(self, train: int, val: int, ranks: int) -> str:
-        """Says what keeping the features will take; refuses what the machine's memory cannot hold.
+    def choose(self, items: Sequence[Item], ranks: engine.Ranks, reserve_bytes: int, *, dry: bool = False) -> Place:
+        """Decides where features are kept, the same on every rank, and opens that place. Collective.
 
         Args:
-            train: training images. Every rank sees all of them in the course of the epochs, and keeps them.
-            val: validation images. Each rank keeps its share.
-            ranks: ranks on this machine.
+            items: all that the run will ask for, on any rank.
+            ranks: who takes part.
+            reserve_bytes: of GPU memory that the step will take and does not hold yet.
+            dry: decide as for a run, but keep features in host memory alone and leave nothing on the disk.
 
         Raises:
-            UserError: too little memory is free. Call after a first batch, which shows what an image takes.
+            UserError: the wanted place has no room, or a file cannot be read.
         """
         if self._config.feature_cache == "off":
-            return "Frozen features: computed anew in every step (--feature_cache off)"
-        one = max(encoded.bytes() for encoded in self._kept.values())
+            self._place = feature_store.choose("off", Demand(0, 0), Room(0, 0, 0), 0)
+            return self._place
+        self._identify_all(items, ranks)
+        root = feature_store.cache_directory(self._config.feature_cache_dir)
+        scope, about = engine.gather_objects(self._encoders.scope() if ranks.is_main else None)[0]
+        keys = sorted({self._key(item) for item in items})
+        on_disk = len(keys) - len(set(keys) - feature_store.keys_in(root, scope))
+        room = (feature_store.free_gpu_bytes(self._device), feature_store.free_host_bytes())
+        told = (*room, feature_store.free_disk_bytes(root), -reserve_bytes, -local_ranks(os.environ), on_disk)
+        *room, reserve, local, on_disk = map(min, zip(*engine.gather_objects(told), strict=True))
+        largest = max(self._encoders.entry_bytes(layout) for layout in self._layouts(items))
+        images = len({self._known[item.pair.name].key for item in items})
         views = VIEWS if self._config.augment else 1
-        need, free = one * (train * views * ranks + val), _free_memory_bytes()
-        text = f"{need / 2**30:.1f} GiB for {train + val:,} images" + (f" in {views} views" if views > 1 else "")
-        text += f" on {ranks} ranks" if ranks > 1 else ""
-        if need > MEMORY_SHARE * free:
-            raise UserError(
-                f"feature_cache memory: keeping frozen features takes {text}, {free / 2**30:.1f} GiB of memory is "
-                "free; use --feature_cache off" + (", or --augment false" if views > 1 else "")
-            )
-        return f"Frozen features: computed once and kept in memory, {text}"
+        demand = Demand(largest, images, views, -local, on_disk, entries=len(keys))
+        self._place = place = feature_store.choose(self._config.feature_cache, demand, Room(*room), -reserve)
+        self.gpu_bytes = largest * len(keys) if place.name == "gpu" else 0
+        about |= {"model_path": self._config.model_path}
+        pin = self._device.type == "cuda"
+        disk = DiskStore(root, scope, about, pin) if place.on_disk and not dry else None
+        match place.name:
+            case "off":
+                self._store = NoStore()
+            case "gpu":
+                self._store = MemoryStore(self._device, behind=disk)
+            case "disk" if disk:
+                self._store = disk
+            case "host" | "disk":
+                self._store = MemoryStore(torch.device("cpu"), pin, behind=disk)
+            case _:
+                raise ValueError(f"features are kept in gpu, host, disk or off, not in {place.name}")
+        return place
+
+    def fill(self, items: Sequence[Item], ranks: engine.Ranks) -> str:
+        """Computes what is missing, each rank its share; returns a sentence for the log, if any. Collective.
+
+        What the encoders take together is the same whatever is there already and however many ranks there are.
+
+        Args:
+            items: as for `choose`, or some of them.
+            ranks: who takes part.
+        """
+        if isinstance(self._store, NoStore):
+            return ""
+        works, started_s = self._works(items), time.monotonic()
+        groups = feature_fill.grouped(works, self._encoders.sizes.images)
+        total = sum(len(work.key_of_view) for work in works)
+
+        def computed_of(some: Sequence[Sequence[Work]]) -> int:
+            count = feature_fill.fill(self._store, self._encoders, some, self._load, self._readers, ranks.is_main)
+            self._store.flush()
+            return count
+
+        with self._encoders.compiled(total) as compiled:
+            computed = sum(_on_all_ranks(lambda: computed_of(groups[ranks.rank :: ranks.world_size])))
+            # What the others computed and this rank cannot see: there is no disk, or not the same.
+            again = max(_on_all_ranks(lambda: computed_of(groups)))
+        seconds, computed = time.monotonic() - started_s, computed or again
+        text = f"Frozen features: {computed:,} of {total:,} computed in {seconds:.1f} s"
+        text += f", {computed / seconds:.0f} images/s{' compiled' if compiled else ''}" if computed else ""
+        text += "; the rest was there" if 0 < computed < total else ""
+        text += (
+            "; SAM2's encoder trains, so it is not among them: its input images are kept" * self._encoders.sam2_trains
+        )
+        return text + self._rest()
+
+    def batches(self, plan: Sequence[Sequence[Item]]) -> Iterator[Batch]:
+        """Yields one Batch per entry of the plan, in its order; what the next ones need is read meanwhile."""
+        off = isinstance(self._store, NoStore)
+        coming: deque[dict[Item, Future[_Prepared]]] = deque()
+        with contextlib.closing(_nothing(plan) if off else self._kept(plan)) as kept:
+            for position, (items, entries) in enumerate(zip(plan, kept, strict=True)):
+                for later in plan[position + len(coming) : position + 1 + READ_AHEAD_BATCHES]:
+                    coming.append({one: self._readers.submit(self._prepare, one, off) for one in dict.fromkeys(later)})
+                prepared = {item: future.result() for item, future in coming.popleft().items()}
+                found = dict(zip(items, entries, strict=True))
+                self._complete(found, prepared)
+                yield self._collate(tuple(items), prepared, [found[item] for item in items])
+
+    def rejected(self) -> list[str]:
+        """Lines on entries that were damaged and computed again, since the last call."""
+        lines = self._store.rejected[self._rejected :]
+        self._rejected += len(lines)
+        return [f"{line}; computed again" for line in lines]
 
     def set_encoders_aside(self) -> None:
-        """Takes the frozen encoders out of the model's parameters; they still answer to their names. For ZeRO-3.
-
-        It keeps slices of all parameters of a model and makes them whole inside the engine's forward alone. But the
-        encoders run outside of it, and on some ranks only: they have to stay whole on every rank.
-        """
-        sam2, parts = self._model.sam2, []
-        for path in self._model.vision_paths:
-            owner, _, name = path.rpartition(".")
-            parts.append((self._model.get_submodule(owner), name))
-        if not self._encoder_trains:
-            parts += [(sam2, "vision_encoder"), (sam2, "no_memory_embedding")]
-            parts += [(sam2.mask_decoder, name) for name in ("conv_s0", "conv_s1") if self._project]
-        for owner, name in parts:
-            part = getattr(owner, name)
-            delattr(owner, name)
-            object.__setattr__(owner, name, part)  # torch's own would register it again
+        """See `Encoders.set_aside`."""
+        self._encoders.set_aside()
 
     def close(self) -> None:
-        """Stops the reading threads."""
+        """Writes what is waiting and stops the threads."""
         self._readers.shutdown(cancel_futures=True)
+        self._store.close()
 
-    def _read(self, item: Item) -> _Inputs:
-        sample = read(item.pair)
-        image, mask = turned(sample.image_HW3, item.view), turned(sample.mask_HW, item.view)
-        question = f"Please segment {sample.phrase} in this image." if sample.phrase else self._config.question
+    def _identify_all(self, items: Sequence[Item], ranks: engine.Ranks) -> None:
+        """Each rank looks at its share of the files, all know what was found."""
+        pairs = sorted({item.pair.name: item.pair for item in items}.values(), key=lambda pair: pair.name)
+        mine = pairs[ranks.rank :: ranks.world_size]
+        names = [pair.name for pair in mine]
+        for found in _on_all_ranks(lambda: dict(zip(names, self._readers.map(self._identify, mine), strict=True))):
+            self._known |= found
+
+    def _identify(self, pair: Pair) -> _Known:
+        size_hw = self._mask(pair).shape
         try:
-            vision = self._preprocess.vision_input(image)
+            fingerprint = feature_store.file_fingerprint(pair.image)
+            self._preprocess.image_layout(*size_hw)
+        except OSError as error:
+            raise UserError(f"{pair.image}: {error.strerror}; look at data_root again") from None
+        except UserError as error:
+            raise UserError(f"{pair.image}: {error}") from None
+        # An image is turned like its mask where only the one or the other way fits.
+        like = (*size_hw,) if pair.mask else ("polygons",)
+        return _Known(feature_store.entry_key(fingerprint, *like), size_hw)
+
+    def _key(self, item: Item) -> str:
+        if item.pair.name not in self._known:
+            self._known[item.pair.name] = self._identify(item.pair)
+        return feature_store.entry_key(self._known[item.pair.name].key, item.view)
+
+    def _layouts(self, items: Sequence[Item]) -> set[tuple[int, int, int]]:
+        sizes = {self._known[item.pair.name].size_hw[:: -1 if item.view % 2 else 1] for item in items}
+        return {self._preprocess.image_layout(*size_hw) for size_hw in sizes}
+
+    def _works(self, items: Sequence[Item]) -> list[Work[Pair]]:
+        """All images with their views, by name; several pairs of one image are one."""
+        works: dict[str, Work[Pair]] = {}
+        for item in sorted(items, key=lambda item: (item.pair.name, item.view)):
+            work = works.setdefault(self._known[item.pair.name].key, Work(item.pair, {}))
+            work.key_of_view[item.view] = self._key(item)
+        return list(works.values())
+
+    def _rest(self) -> str:
+        """Frees the encoders' GPU memory where features lie elsewhere: a damaged entry fetches them back."""
+        if self._device.type != "cuda" or self._place.name == "gpu":
+            return ""
+        return f"; the encoders rest in host memory, {self._encoders.rest() / 2**30:.1f} GiB"
+
+    def _mask(self, pair: Pair) -> np.ndarray:
+        """bool (H, W); read once."""
+        if pair.name not in self._masks:
+            mask_HW = read_mask(pair)
+            self._masks[pair.name] = np.packbits(mask_HW), mask_HW.shape
+        bits, (height, width) = self._masks[pair.name]
+        return np.unpackbits(bits, count=height * width).view(bool).reshape(height, width)
+
+    def _load(self, pair: Pair, views: Sequence[int]) -> Loaded:
+        image_HW3 = read_image_of(pair, self._mask(pair))
+        try:
+            return self._encoders.load([turned(image_HW3, view) for view in views])
         except UserError as error:  # of a shape that the vision encoder does not take
-            raise UserError(f"{item.pair.image}: {error}") from None
-        return _Inputs(vision, self._preprocess.sam2_image(image), torch.from_numpy(mask), question)
+            raise UserError(f"{pair.image}: {error}") from None
 
-    @torch.no_grad()
-    def _encode(self, inputs: _Inputs) -> _Encoded:
-        image = inputs.sam2_image_3HW.to(self._device, self._dtype)
-        vision = self._model.vision_features(inputs.vision.to(self._device, self._dtype))
-        if self._encoder_trains:
-            kept = (image,)
-        else:
-            features = self._model.sam2_features(image[None], project=self._project)
-            kept = (features.level0_BCHW[0], features.level1_BCHW[0], features.embedding_BDHW[0])
-        # Kept in the machine's memory: GPU memory is for the step.
-        sam2 = tuple(part.cpu() for part in kept)
-        return _Encoded(vision.to("cpu"), inputs.vision.layout, sam2, inputs.mask_HW, inputs.question)
+    def _prepare(self, item: Item, with_image: bool) -> _Prepared:
+        mask_HW = torch.from_numpy(turned(self._mask(item.pair), item.view))
+        mask_HW = mask_HW.pin_memory() if self._device.type == "cuda" else mask_HW
+        return _Prepared(mask_HW, self._load(item.pair, [item.view]) if with_image else None)
 
-    def _collate(self, encoded: list[_Encoded], items: tuple[Item, ...]) -> Batch:
-        def together(parts: list[Tensor]) -> Tensor:
-            return torch.stack(parts).to(self._device, non_blocking=True)
+    def _kept(self, plan: Sequence[Sequence[Item]]) -> Iterator[list[Entry | None]]:
+        keys = [[self._key(item) for item in items] for items in plan]
+        return feature_store.read_ahead(self._store, keys, self._device)
 
+    def _read(self, item: Item) -> Entry | None:
+        (((entry,),)) = feature_store.read_ahead(self._store, [[self._key(item)]], self._device)
+        return entry
+
+    def _complete(self, found: dict[Item, Entry | None], prepared: dict[Item, _Prepared]) -> None:
+        """Computes what no store had: all of it, or what is damaged or gone."""
+        missing = [item for item, entry in found.items() if entry is None]
+        if not isinstance(self._store, NoStore):  # a batch before this one may have computed it since
+            found |= {item: entry for item in missing if (entry := self._read(item)) is not None}
+            missing = [item for item in missing if found[item] is None]
+        if not missing:
+            return
+        loaded = [prepared[item].loaded or self._load(item.pair, [item.view]) for item in missing]
+        for item, entry in zip(missing, self._encoders.encode(loaded), strict=True):
+            found[item] = entry
+            if not isinstance(self._store, NoStore):
+                self._store.put(self._key(item), entry)
+
+    def _collate(self, items: tuple[Item, ...], prepared: dict[Item, _Prepared], entries: list[Entry]) -> Batch:
+        masks = [prepared[item].mask_HW for item in items]
         prompt = self._preprocess.prompt(
-            [one.question for one in encoded],
-            [one.layout for one in encoded],
+            [self._question(item.pair) for item in items],
+            [self._preprocess.image_layout(*mask_HW.shape) for mask_HW in masks],
             with_labels=self._config.text_weight > 0,
         )
         self.longest_prompt_tokens = max(self.longest_prompt_tokens, prompt.input_ids_BL.shape[1])
-        sam2 = [together(list(parts)) for parts in zip(*(one.sam2 for one in encoded), strict=True)]
-        return Batch(
-            items,
-            prompt.to(self._device),
-            VisionFeatures.join([one.vision for one in encoded]).to(self._device, non_blocking=True),
-            sam2[0] if self._encoder_trains else Sam2Features(*sam2, projected=self._project),
-            tuple(one.mask_HW.to(self._device, non_blocking=True) for one in encoded),
-        )
+        if self._encoders.sam2_trains:
+            images = torch.stack([entry["image"] for entry in entries])
+            sam2 = self._preprocess.normalise_sam2(images, self._encoders.dtype)
+        else:
+            parts = (torch.stack([entry[name] for entry in entries]) for name in SAM2_PARTS)
+            sam2 = Sam2Features(*parts, projected=self._encoders.project)
+        on_device = tuple(mask_HW.to(self._device, non_blocking=True) for mask_HW in masks)
+        return Batch(items, prompt.to(self._device), vision_of(entries), sam2, on_device)
+
+    def _question(self, pair: Pair) -> str:
+        return f"Please segment {pair.phrase} in this image." if pair.phrase else self._config.question
 
 
 def turned(pixels_HWx: np.ndarray, view: int) -> np.ndarray:
@@ -203,16 +315,21 @@ def turned(pixels_HWx: np.ndarray, view: int) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(mirrored, view % 4))
 
 
-def _free_memory_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Free memory of the machine, or of the container or batch job (cgroup v2) that this process is limited to."""
-    lines = (proc / "meminfo").read_text().splitlines()
-    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    membership = proc / "self" / "cgroup"
-    own = re.search(r"^0::/(.*)", membership.read_text(), re.MULTILINE) if membership.exists() else None
-    inner = groups / (own[1] if own else "")
-    for group in (inner, *inner.parents):
-        limit = group / "memory.max"
-        if limit.is_file() and (most := limit.read_text().strip()) != "max":
-            cache = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
-            free.append(int(most) - int((group / "memory.current").read_text()) + int(cache[1] if cache else 0))
-    return min(free)
+def _nothing(plan: Sequence[Sequence[Item]]) -> Iterator[list[None]]:
+    """What no store has."""
+    for items in plan:
+        yield [None] * len(items)
+
+
+def _on_all_ranks(function: Callable[[], Found]) -> list[Found]:
+    """What every rank finds, or the first user's mistake of any, raised on all: none waits for one that failed."""
+    found, failure = None, None
+    try:
+        found = function()
+    except UserError as error:
+        failure = error
+    told = engine.gather_objects((found, failure))
+    for _, failure in told:
+        if failure is not None:
+            raise failure
+    return [found for found, _ in told]

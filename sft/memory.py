@@ -16,6 +16,8 @@ OPTIMIZER_BYTES = 12  # fp32 master and AdamW's two moments, per trainable param
 HIDDEN_VALUES, INTERMEDIATE_VALUES = 18, 4  # kept per token and layer, in units of the two widths
 MASK_PIXEL_BYTES = 128  # mask decoder, upsampled fp32 logits and the loss terms, per pixel of the mask
 GIB = 2**30
+STEP_MARGIN = 1.25  # of the estimate, before GPU memory goes to features
+FILLING_BYTES = 6 * GIB  # what the encoders take at once, with what waits around them
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,21 @@ def estimate(config: TrainConfig, size: ModelSize, world_size: int) -> dict[str,
         "gradients": value * trainable // (world_size if stage >= 2 else 1),
         "optimizer": 0 if offload else OPTIMIZER_BYTES * trainable // world_size,
         "activations": config.batch_size * (layers + MASK_PIXEL_BYTES * size.mask_pixels),
-        "features": size.cached_bytes if config.feature_cache == "memory" else 0,
+        "features": size.cached_bytes,
     }
+
+
+def still_needed(config: TrainConfig, size: ModelSize, world_size: int, held_bytes: int) -> int:
+    """Bytes that must stay free on a GPU when features move in: of the step, or of the encoders that fill.
+
+    Args:
+        config: the run's settings.
+        size: of the model and one sample.
+        world_size: number of ranks.
+        held_bytes: what the run has taken already.
+    """
+    step = int(STEP_MARGIN * sum(estimate(config, size, world_size).values()))
+    return max(FILLING_BYTES, step - held_bytes)
 
 
 def explain_out_of_memory(
@@ -116,8 +131,8 @@ def _remedies(config: TrainConfig, size: ModelSize, world_size: int) -> list[tup
         remedies.append(("--deepspeed_config zero3", {"deepspeed_config": "zero3"}, size))
     if config.precision == "fp32":
         remedies.append(("--precision bf16", {"precision": "bf16"}, size))
-    if config.feature_cache == "memory":
-        remedies.append(("--feature_cache off", {"feature_cache": "off"}, size))
+    if size.cached_bytes:
+        remedies.append(("--feature_cache host", {"feature_cache": "host"}, replace(size, cached_bytes=0)))
     return remedies
 
 

@@ -21,8 +21,17 @@ from sft.config import TrainConfig, UserError
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "safetensors", "numpy", "pillow")
 # What may differ between a run and its continuation: where and how it runs, not what it computes.
-FREE_ON_RESUME = {"resume", "gpu", "include", "output_dir", "num_workers", "feature_cache", "log_every_steps"}
-FREE_ON_RESUME |= {"tensorboard", "save_every", "save_format", "dry_run", "gradient_checkpointing", "val_batch_size"}
+FREE_ON_RESUME = {"resume", "gpu", "include", "output_dir", "num_workers", "log_every_steps"}
+FREE_ON_RESUME |= {
+    "feature_cache",
+    "feature_cache_dir",
+    "tensorboard",
+    "save_every",
+    "save_format",
+    "dry_run",
+    "gradient_checkpointing",
+    "val_batch_size",
+}
 
 
 def record(config: TrainConfig, ranks: engine.Ranks) -> dict:
@@ -59,7 +68,8 @@ def check_same_settings(file: Path, config: TrainConfig) -> None:
 
 def settings_of_run(directory: Path) -> TrainConfig:
     """The settings in a run's config.json."""
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    # Where features were kept is no part of a result, and older runs name places that are no more.
+    names = {field.name for field in dataclasses.fields(TrainConfig)} - {"feature_cache", "feature_cache_dir"}
     return TrainConfig(**{name: value for name, value in _read(directory / "config.json").items() if name in names})
 
 

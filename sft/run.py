@@ -15,14 +15,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 
 from sft import checkpoint, data, engine, pace, provenance, zero_json
 from sft.config import TrainConfig, UserError
-from sft.features import Features
+from sft.feature_store import cache_directory, listed
+from sft.features import Features, Item
 from sft.finite import FiniteWatch
-from sft.memory import GIB, ModelSize, estimate, explain_out_of_memory
+from sft.memory import GIB, ModelSize, estimate, explain_out_of_memory, still_needed
 from sft.model import lora, published
 from sft.model.preprocess import Preprocess
 from sft.report import NullLog, RunLog
@@ -32,7 +32,7 @@ from sft.report.pictures import ComparisonRow, comparison_picture
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.model")
 PROCESSOR_FILES = ("chat_template.*", "*processor_config.json")  # of the Qwen-VL families
 PICTURED = 4  # validation images in the comparison picture
-SIZES_TRIED = 16  # of the images' sizes, for the longest prompt: preparing an image takes some 10 ms
+SIZES_TRIED = 16  # of the images' sizes, for the longest prompt: a tokenizer takes some ms
 
 Found = TypeVar("Found")
 
@@ -162,7 +162,7 @@ def announce(run: Run) -> None:
 
 def memory_line(run: Run) -> str:
     """The estimate of a GPU's memory by purpose; call after a first batch."""
-    size = _with_tokens(run.size, run.features)
+    size = _as_measured(run.size, run.features)
     parts = {name: count / GIB for name, count in estimate(run.config, size, run.ranks.world_size).items() if count}
     text = " + ".join(f"{name} {gib:.2f}" for name, gib in parts.items())
     line = f"Memory estimate of a GPU: {text} = {sum(parts.values()):.2f} GiB"
@@ -170,6 +170,32 @@ def memory_line(run: Run) -> str:
         return line
     total_gib = torch.cuda.get_device_properties(run.ranks.device).total_memory / GIB
     return f"{'warning: ' if sum(parts.values()) > total_gib else ''}{line}, of {total_gib:.0f} GiB"
+
+
+def keep_features(run: Run, items: list[Item], now: list[Item] | None = None) -> None:
+    """Computes the frozen features of a run before its first step, where there is room for them. Collective.
+
+    Args:
+        run: nothing of it has run yet.
+        items: all that its epochs and validations will ask for.
+        now: of a dry run: the part to compute, which is kept in host memory alone.
+    """
+    reserve_bytes = 0
+    if run.ranks.device.type == "cuda":
+        held = torch.cuda.memory_allocated(run.ranks.device)
+        reserve_bytes = still_needed(run.config, run.size, run.ranks.world_size, held)
+    run.log.line(run.features.choose(items, run.ranks, reserve_bytes, dry=now is not None).sentence)
+    if filled := run.features.fill(items if now is None else now, run.ranks):
+        run.log.line(filled)
+    if now is not None and run.config.feature_cache != "off":
+        run.log.line(f"Feature cache: {listed(cache_directory(run.config.feature_cache_dir))}")
+
+
+def tell_rejected(run: Run) -> None:
+    """Names the entries of the feature cache that were damaged, on any rank, since the last call. Collective."""
+    for lines in engine.gather_objects(run.features.rejected()):
+        for line in lines:
+            run.log.line(f"warning: {line}")
 
 
 def save(run: Run, name: str) -> None:
@@ -248,7 +274,7 @@ def _model_size(loaded: published.Loaded, peft_model, config: TrainConfig, loade
 
 def _prompt_tokens(preprocess: Preprocess, config: TrainConfig, width: int, height: int) -> int:
     """Tokens of a sample with an image of this size."""
-    layout = preprocess.vision_input(np.zeros((height, width, 3), np.uint8)).layout
+    layout = preprocess.image_layout(height, width)
     return preprocess.prompt([config.question], [layout]).input_ids_BL.shape[1]
 
 
@@ -364,8 +390,9 @@ def _out_of_memory(
             "memory: see nvidia-smi, or choose another device with --gpu"
         )
     total = torch.cuda.get_device_properties(ranks.device).total_memory
-    return explain_out_of_memory(error, config, _with_tokens(size, features), ranks.world_size, total)
+    return explain_out_of_memory(error, config, _as_measured(size, features), ranks.world_size, total)
 
 
-def _with_tokens(size: ModelSize, features: Features) -> ModelSize:
-    return dataclasses.replace(size, tokens=features.longest_prompt_tokens or size.tokens)
+def _as_measured(size: ModelSize, features: Features) -> ModelSize:
+    tokens = features.longest_prompt_tokens or size.tokens
+    return dataclasses.replace(size, tokens=tokens, cached_bytes=features.gpu_bytes)

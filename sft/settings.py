@@ -44,6 +44,14 @@ class Range:
 
 
 @dataclass(frozen=True)
+class Former:
+    """A value that was legal once, and what stands in its place now."""
+
+    value: str
+    now: str
+
+
+@dataclass(frozen=True)
 class Setting:
     """One field of a settings dataclass."""
 
@@ -56,6 +64,7 @@ class Setting:
     range: Range | None
     is_path: bool
     words: tuple[str, ...] = ()  # legal besides `kind`, such as auto
+    former: Former | None = None
 
     @property
     def allowed(self) -> str:
@@ -111,6 +120,8 @@ class Setting:
 
     def _refuse(self, value: Any) -> NoReturn:
         hint = f"; nearest: {nearest(str(value), self.choices)}" if self.choices else ""
+        if self.former and value == self.former.value:
+            hint = f"; {value} is no more, give {self.former.now}"
         raise UserError(f"{self.name} = {as_text(value)} is not allowed: {self.allowed}{hint}")
 
 
@@ -211,6 +222,7 @@ def _setting(field: dataclasses.Field) -> Setting:
         range=next((mark for mark in marks if isinstance(mark, Range)), None),
         is_path=PATH in marks,
         words=tuple(word for literal in literals for word in typing.get_args(literal)),
+        former=next((mark for mark in marks if isinstance(mark, Former)), None),
     )
 
 

@@ -6,7 +6,6 @@ same path; only the log of the main rank writes.
 
 import dataclasses
 import functools
-import os
 import shutil
 import tempfile
 import time
@@ -26,7 +25,6 @@ from sft.features import VIEWS, Batch, Features, Item
 from sft.finite import DivergedError
 from sft.model import lora, published
 from sft.model.sa2va import Masks, upsample
-from sft.ranks import local_ranks
 from sft.run import Run
 from sft.stopwatch import Stopwatch
 
@@ -62,12 +60,12 @@ def train(config: TrainConfig, on_validation: Callable[[dict], None] | None = No
         return dry_run(config)
     with runs.prepared(config) as run:
         runs.announce(run)
+        runs.keep_features(run, all_items(run))
         if run.progress.epoch == 0:
             validate_and_keep(run, on_validation)
         else:
             run.log.line(f"Resumed after epoch {run.progress.epoch} (step {run.progress.step})")
             run.pictures["base"] = base_masks(run)
-        run.log.line(_check_feature_memory(run))
         run.log.start(run.steps_per_epoch * config.num_epochs, run.progress.step)
         for epoch in range(run.progress.epoch + 1, config.num_epochs + 1):
             train_epoch(run, epoch)
@@ -111,6 +109,7 @@ def train_epoch(run: Run, epoch: int) -> None:
     epochs_done = epoch - run.first_epoch + 1
     row["eta_s"] = (time.monotonic() - run.started_s) / epochs_done * (config.num_epochs - epoch)
     run.log.epoch(row)
+    runs.tell_rejected(run)
 
 
 def train_step(run: Run, batch: Batch, watch: Stopwatch) -> dict[str, Tensor]:
@@ -148,23 +147,25 @@ def epoch_plan(run: Run, epoch: int) -> list[list[Item]]:
 
     One rank with batch 2B and two ranks with batch B see the same samples in each step.
     """
-    config, world_size = run.config, run.ranks.world_size
-    generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
-    pairs = run.data.train
-    order = torch.randperm(len(pairs), generator=generator).tolist()
-    views = torch.randint(VIEWS, (len(pairs),), generator=generator).tolist() if config.augment else [0] * len(pairs)
-    micro_batches = run.steps_per_epoch * config.gradient_accumulation_steps
-    wanted = micro_batches * config.batch_size * world_size
-    order = (order * -(-wanted // len(order)))[:wanted]  # filled up from the beginning
-    items = [Item(pairs[index], views[index]) for index in order]
-    per_batch = config.batch_size * world_size
-    return [items[start : start + per_batch][run.ranks.rank :: world_size] for start in range(0, wanted, per_batch)]
+    items, rank, world_size = _epoch_items(run, epoch), run.ranks.rank, run.ranks.world_size
+    per_batch = run.config.batch_size * world_size
+    return [items[start : start + per_batch][rank::world_size] for start in range(0, len(items), per_batch)]
+
+
+def all_items(run: Run) -> list[Item]:
+    """What the epochs of a run, from the first on, and its validations ask for on all ranks, each once."""
+    items = dict.fromkeys(Item(pair) for pair in run.data.val)
+    epochs = range(1, run.config.num_epochs + 1) if run.config.augment else range(1, 2)  # without views all are alike
+    for epoch in epochs:
+        items |= dict.fromkeys(_epoch_items(run, epoch))
+    return list(items)
 
 
 def validate_and_keep(run: Run, on_validation: Callable[[dict], None] | None) -> dict:
     """Validates, logs, keeps the checkpoint if it is the best so far; of the base (epoch 0) only the figures."""
     row = {"epoch": run.progress.epoch, "step": run.progress.step} | validate(run)
     run.log.val(row)
+    runs.tell_rejected(run)
     figures = run.progress.figures
     if run.progress.epoch == 0:
         base = {
@@ -301,10 +302,11 @@ def dry_run(config: TrainConfig) -> Result:
             run.progress = Progress(epoch=0, num_epochs=config.num_epochs, step=0)  # also after a resume
             run.first_epoch = 1
             whole, per_step = run.data, config.batch_size * config.gradient_accumulation_steps * ranks.world_size
+            items = all_items(run)
             run.data = dataclasses.replace(whole, train=whole.train[:per_step], val=whole.val[: config.val_batch_size])
             run.steps_per_epoch = 1
+            runs.keep_features(run, items, now=all_items(run))
             row = validate_and_keep(run, None)
-            run.log.line(_check_feature_memory(run, whole))
             run.log.line(runs.memory_line(run))
             run.log.start(1)
             train_epoch(run, 1)
@@ -316,6 +318,19 @@ def dry_run(config: TrainConfig) -> Result:
     finally:
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _epoch_items(run: Run, epoch: int) -> list[Item]:
+    """The samples of an epoch in their order, of all ranks."""
+    config, world_size = run.config, run.ranks.world_size
+    generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
+    pairs = run.data.train
+    order = torch.randperm(len(pairs), generator=generator).tolist()
+    views = torch.randint(VIEWS, (len(pairs),), generator=generator).tolist() if config.augment else [0] * len(pairs)
+    micro_batches = run.steps_per_epoch * config.gradient_accumulation_steps
+    wanted = micro_batches * config.batch_size * world_size
+    order = (order * -(-wanted // len(order)))[:wanted]  # filled up from the beginning
+    return [Item(pairs[index], views[index]) for index in order]
 
 
 def _by_size(masks: Masks, batch: Batch) -> Iterator[tuple[list[int], Tensor, Tensor]]:
@@ -337,12 +352,6 @@ def _predicted(logits_BHW: Tensor, batch: Batch, rows: list[int], config: TrainC
     """Name -> mask at the threshold, of these rows of a batch."""
     masks_BHW = (logits_BHW.sigmoid() > config.threshold).cpu().numpy()
     return {batch.items[row].pair.name: mask for row, mask in zip(rows, masks_BHW, strict=True)}
-
-
-def _check_feature_memory(run: Run, whole: data.Loaded | None = None) -> str:
-    """Says what the frozen features of the data set will take, or refuses it on every rank."""
-    train, val = (len(part) for part in ((whole or run.data).train, (whole or run.data).val))
-    return runs.on_main(run.ranks, lambda: run.features.check_memory(train, val, local_ranks(os.environ)))
 
 
 def _assert_learning(run: Run, check: lora.GradientCheck) -> None:

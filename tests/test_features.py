@@ -9,12 +9,24 @@ import small_runs
 import torch
 from small_runs import NAMES, SIZES_HW
 
+from sft import engine
 from sft import features as room
 from sft.config import TrainConfig, UserError
 from sft.data import Pair, read
 from sft.features import VIEWS, Features, Item, turned
 from sft.model import lora, published
 from sft.model.sa2va_internvl import Sa2VAInternVL
+
+ALONE = engine.Ranks(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    """Places are chosen together by all ranks: here there is one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "gather_objects", lambda value: [value])
+        patch.setenv("WORLD_SIZE", "1")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -24,36 +36,43 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs(inputs):
-    data = inputs / "data"
-    return [Pair(name, data / "images" / f"{name}.png", data / "masks" / f"{name}.png") for name in NAMES]
+    return all_pairs(inputs)
 
 
 @pytest.fixture
-def made(inputs, monkeypatch):
+def made(inputs, monkeypatch, tmp_path):
     """A function that makes Features, and which calls its encoders have had, by name."""
-    calls, opened = {"vision_features": 0, "sam2_features": 0}, []
+    calls, opened = {"vision_features_of": 0, "sam2_features": 0}, []
 
     def counted(name, method):
-        def call(self, *arguments, **keywords):
-            calls[name] += 1
-            return method(self, *arguments, **keywords)
+        def call(self, images, **keywords):
+            calls[name] += len(images)
+            return method(self, images, **keywords)
 
         return call
 
     for name in calls:
         monkeypatch.setattr(Sa2VAInternVL, name, counted(name, getattr(Sa2VAInternVL, name)))
 
-    def make(**changes):
+    def make(keeps=True, **changes):
+        changes = {"feature_cache": "host" if keeps else "off", "feature_cache_dir": str(tmp_path / "cache")} | changes
         config = TrainConfig(precision="fp32", num_workers=0, lora_rank=2, **changes)
         loaded = published.load(str(inputs / "model"), dtype=torch.float32)
         peft_model = lora.wrap(loaded.model, config)
         opened.append(Features(loaded.model, loaded.preprocess, config, torch.device("cpu")))
+        if keeps:
+            opened[-1].choose([Item(pair) for pair in all_pairs(inputs)], ALONE, 0)
         opened[-1].calls, opened[-1].loaded, opened[-1].peft_model = calls, loaded, peft_model
         return opened[-1]
 
     yield make
     for features in opened:
         features.close()
+
+
+def all_pairs(inputs):
+    data = inputs / "data"
+    return [Pair(name, data / "images" / f"{name}.png", data / "masks" / f"{name}.png") for name in NAMES]
 
 
 def plan(pairs, size, view=0):
@@ -72,13 +91,14 @@ def test_each_image_is_encoded_once_in_a_run(made, pairs):
     features = made()
     for _ in range(3):
         assert len(list(features.batches(plan(pairs, 2)))) == 3
-    assert features.calls == {"vision_features": 6, "sam2_features": 6}
+    assert features.calls == {"vision_features_of": 6, "sam2_features": 6}
 
 
 def test_an_image_that_comes_again_before_it_is_encoded_is_read_and_encoded_once(made, pairs, monkeypatch):
     """The last batch of an epoch is filled up with the first images, and two batches are read ahead."""
     reads = []
-    monkeypatch.setattr(room, "read", lambda pair: reads.append(pair.name) or read(pair))
+    load = room.read_image_of
+    monkeypatch.setattr(room, "read_image_of", lambda pair, mask: reads.append(pair.name) or load(pair, mask))
     features = made()
     items = [Item(pair) for pair in pairs[:3]]
     batches = list(features.batches([items[:2], [items[2], items[0]], [items[0], items[0]]]))
@@ -87,8 +107,17 @@ def test_an_image_that_comes_again_before_it_is_encoded_is_read_and_encoded_once
     assert sorted(reads) == ["v0", "v1", "v2"]
 
 
+def test_off_reads_ahead_and_encodes_an_image_once_a_batch(made, pairs):
+    features = made(keeps=False)
+    items = [Item(pair) for pair in pairs[:2]]
+    batches = list(features.batches([items, [items[0], items[0]]]))
+    assert features.calls["sam2_features"] == 3
+    assert torch.equal(batches[1].sam2.embedding_BDHW[0], batches[0].sam2.embedding_BDHW[0])
+    assert torch.equal(batches[1].sam2.embedding_BDHW[1], batches[0].sam2.embedding_BDHW[0])
+
+
 def test_off_keeps_nothing_and_gives_the_same(made, pairs):
-    kept, off = made(), made(feature_cache="off")
+    kept, off = made(), made(keeps=False)
     first = [only(kept, [Item(pair) for pair in pairs]) for _ in range(2)]
     calls = dict(off.calls)
     second = [only(off, [Item(pair) for pair in pairs]) for _ in range(2)]
@@ -97,13 +126,13 @@ def test_off_keeps_nothing_and_gives_the_same(made, pairs):
         assert torch.equal(batch.vision.tokens_MC, first[0].vision.tokens_MC)
         assert torch.equal(batch.sam2.embedding_BDHW, first[0].sam2.embedding_BDHW)
         assert all(map(torch.equal, batch.masks, first[0].masks))
-    assert off.check_memory(10**9, 10**9, 8) == "Frozen features: computed anew in every step (--feature_cache off)"
 
 
 def test_no_more_than_the_next_batches_are_read_ahead(made, pairs, monkeypatch):
     reads = []
-    monkeypatch.setattr(room, "read", lambda pair: reads.append(pair.name) or read(pair))
-    features = made()
+    load = room.read_image_of
+    monkeypatch.setattr(room, "read_image_of", lambda pair, mask: reads.append(pair.name) or load(pair, mask))
+    features = made(keeps=False)
     batches = features.batches(plan(pairs, 1))
     next(batches)
     features.close()  # waits for what has begun
@@ -161,10 +190,10 @@ def test_a_trained_encoder_gets_images_and_its_lora_gets_gradients(made, pairs):
     features = made(lora_scope=("sam2_encoder",))
     batch = only(features, [Item(pair) for pair in pairs[:2]])
     assert isinstance(batch.sam2, torch.Tensor) and batch.sam2.shape == (2, 3, 128, 128)
-    assert features.calls == {"vision_features": 2, "sam2_features": 0}, "vision tokens are still kept"
+    assert features.calls == {"vision_features_of": 2, "sam2_features": 0}, "vision tokens are still kept"
     output = features.peft_model(batch.prompt, batch.vision, batch.sam2)
     output.masks.logits_Bhw.square().mean().backward()
-    assert features.calls["sam2_features"] == 1
+    assert features.calls["sam2_features"] == 2, "both images, by the model itself"
     trained = {name: p for name, p in features.peft_model.named_parameters() if p.requires_grad}
     assert all("vision_encoder" in name for name in trained)
     assert all(p.grad.abs().max() > 0 for name, p in trained.items() if "lora_B" in name)
@@ -218,51 +247,7 @@ def test_views_are_kept_apart(made, pairs):
     assert views[1].masks[0].shape == views[0].masks[0].T.shape
 
 
-# Memory
-
-
-def test_memory_is_estimated_from_what_an_image_takes(made, pairs, monkeypatch):
-    features = made()
-    batch = only(features, [Item(pairs[0])])
-    parts = [batch.vision.tokens_MC, batch.sam2.level0_BCHW, batch.sam2.level1_BCHW, batch.sam2.embedding_BDHW]
-    one = sum(part.nbytes for part in parts) + 96 * 128
-    need = one * (1000 * 2 + 200)
-    monkeypatch.setattr(room, "_free_memory_bytes", lambda: int(need / 0.79))
-    expected = f"Frozen features: computed once and kept in memory, {need / 2**30:.1f} GiB for 1,200 images on 2 ranks"
-    assert features.check_memory(1000, 200, ranks=2) == expected
-    monkeypatch.setattr(room, "_free_memory_bytes", lambda: int(need / 0.81))
-    with pytest.raises(
-        UserError, match=r"takes .* GiB for 1,200 images on 2 ranks, .* is free; use --feature_cache off$"
-    ):
-        features.check_memory(1000, 200, ranks=2)
-
-
-def test_refusal_names_the_views_that_augment_costs(made, pairs, monkeypatch):
-    features = made(augment=True)
-    only(features, [Item(pairs[0])])
-    monkeypatch.setattr(room, "_free_memory_bytes", lambda: 2**20)
-    with pytest.raises(UserError, match="for 6 images in 8 views, 0.0 GiB of memory is free.*, or --augment false$"):
-        features.check_memory(4, 2, ranks=1)
-
-
-def test_free_memory_is_the_machines_or_that_of_the_smallest_group(tmp_path):
-    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
-    (proc / "self").mkdir(parents=True)
-    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 1 kB\nMemAvailable:  8000 kB\n")
-    assert room._free_memory_bytes(proc, groups) == 8000 * 1024, "no groups at all"
-    job = groups / "slurm" / "job_7"
-    job.mkdir(parents=True)
-    (proc / "self" / "cgroup").write_text("9:memory:/old\n0::/slurm/job_7\n")
-    (job / "memory.max").write_text("max\n")
-    assert room._free_memory_bytes(proc, groups) == 8000 * 1024
-    limits = {"memory.max": "6000000\n", "memory.current": "5000000\n", "memory.stat": "anon 1\ninactive_file 700000\n"}
-    for name, text in limits.items():
-        (groups / "slurm" / name).write_text(text)
-    assert room._free_memory_bytes(proc, groups) == 1_700_000
-    (job / "memory.max").write_text("900000\n")
-    (job / "memory.current").write_text("400000\n")
-    (job / "memory.stat").write_text("anon 1\n")
-    assert room._free_memory_bytes(proc, groups) == 500_000
+# The end
 
 
 def test_closing_ends_the_readers(made, pairs):

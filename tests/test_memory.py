@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from sft.config import TrainConfig
-from sft.memory import GIB, ModelSize, estimate, explain_out_of_memory
+from sft.memory import GIB, ModelSize, estimate, explain_out_of_memory, still_needed
 
 SMALL = ModelSize(
     frozen_parameters=1000,
@@ -41,11 +41,24 @@ def test_by_hand():
         "activations": 2 * (3 * layer + 128 * 100),
         "features": 7,
     }
-    changed = replace(config, feature_cache="off", precision="fp32")
-    changed = estimate(changed, replace(SMALL, recomputed_layers=3), world_size=1)
+    changed = replace(config, precision="fp32")
+    changed = estimate(changed, replace(SMALL, recomputed_layers=3, cached_bytes=0), world_size=1)
     assert changed["activations"] == 2 * (2 * layer + 3 * 4 * 5 * 8 + 128 * 100)
     assert changed["weights"] == 4 * 1100
     assert changed["features"] == 0
+
+
+def test_what_features_must_leave_free_is_the_rest_of_the_step_or_the_encoders_share():
+    config = TrainConfig(batch_size=8)
+    step = sum(estimate(config, FOUR_B, 1).values())
+    assert still_needed(config, FOUR_B, 1, held_bytes=7 * GIB) == int(1.25 * step) - 7 * GIB
+    assert still_needed(config, FOUR_B, 1, held_bytes=80 * GIB) == 6 * GIB
+
+
+def test_features_on_the_gpu_are_advised_to_move():
+    large = replace(FOUR_B, cached_bytes=20 * GIB)
+    text = explain_out_of_memory(ERROR, TrainConfig(), large, world_size=1, total_bytes=24 * GIB)
+    assert "(1) --feature_cache host: about 20.0 GiB less" in text
 
 
 def test_zero_stages_and_offload_share_or_move_what_they_should():

@@ -17,7 +17,7 @@ from pathlib import Path
 from sft.config import EMBEDDED, TrainConfig, UserError
 from sft.data.check import Findings, Summary, brief, check
 from sft.data.find import LAYOUTS, Found, find_pairs
-from sft.data.read import Pair, Sample, read
+from sft.data.read import Pair, Sample, read, read_image_of, read_mask
 from sft.data.split import Division, read_split, split, write_split
 from sft.settings import checked, docs_of
 
@@ -33,6 +33,8 @@ __all__ = [
     "find_pairs",
     "load",
     "read",
+    "read_image_of",
+    "read_mask",
     "read_split",
     "split",
     "write_split",

@@ -115,6 +115,38 @@ def read_image(path: Path) -> np.ndarray:
     return _to_rgb(path, image if orientation(image) == 1 else ImageOps.exif_transpose(image))[0]
 
 
+def read_mask(pair: Pair) -> np.ndarray:
+    """A pair's mask alone, as `read` gives it: bool (H, W), the size of the image too.
+
+    Raises:
+        UserError: as `read` does.
+    """
+    if pair.mask is not None:
+        return decode_mask(pair.mask).mask_HW
+    if pair.polygons is None:
+        raise UserError(f"{pair.image}: has no mask; add one, or remove the image")
+    try:
+        with Image.open(pair.image) as image:  # only its header is read
+            width, height = image.size
+    except Exception:  # as in `open_image`, which tells what is wrong
+        width, height = open_image(pair.image).size
+    return rasterise(pair.polygons, height, width).mask_HW
+
+
+def read_image_of(pair: Pair, mask_HW: np.ndarray) -> np.ndarray:
+    """A pair's image alone, as `read` gives it: uint8 RGB (H, W, 3).
+
+    Args:
+        pair: whose image it is.
+        mask_HW: its mask, from `read_mask`: an image is turned like its mask.
+
+    Raises:
+        UserError: as `read` does.
+    """
+    mask = None if pair.mask is None else Mask(mask_HW, "", False)
+    return assemble(pair, open_image(pair.image), mask).image_HW3
+
+
 def open_image(path: Path) -> Image.Image:
     """Opens an image file and decodes all of it.
 

@@ -23,7 +23,7 @@ Choices, with what they were measured against (2 cores, ext4 on a virtual disk, 
 - In front of a disk store, a memory store takes from it what it has not kept: a sweep's trials compute nothing again.
 """
 
-from sft.feature_store.disk import DiskStore, cache_directory, listed, stores_in
+from sft.feature_store.disk import DiskStore, cache_directory, keys_in, listed, stores_in
 from sft.feature_store.entry import Entry
 from sft.feature_store.fingerprints import (
     entry_key,
@@ -60,6 +60,7 @@ __all__ = [
     "free_disk_bytes",
     "free_gpu_bytes",
     "free_host_bytes",
+    "keys_in",
     "listed",
     "read_ahead",
     "settings_fingerprint",

@@ -204,6 +204,14 @@ def cache_directory(given: str | None = None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sa2va-sft" / "features"
 
 
+def keys_in(root: Path, scope: str) -> set[str]:
+    """Keys of the entries of a store that need not exist; whether each is whole shows when it is read."""
+    folder = Path(root) / _legal(f"v{FORMAT}-{scope}")
+    with contextlib.suppress(OSError):  # not there, or not to be read: whoever opens it says so
+        return {name.removesuffix(ENDING) for name in os.listdir(folder) if name.endswith(ENDING)}
+    return set()
+
+
 def stores_in(root: Path) -> list[Listed]:
     """The stores of a root folder, largest first; what else lies there is not touched or counted."""
     found = []

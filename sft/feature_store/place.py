@@ -4,6 +4,7 @@ Takes sizes, gives a decision; it builds no store. With several ranks, one decid
 among them. GPU memory is counted per rank, host memory once per rank of this machine, the disk once.
 """
 
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ class Demand:
     """Processes on this machine that each keep everything, where memory is not shared."""
     on_disk: int = 0
     """Entries that the disk store holds already."""
+    entries: int | None = None
+    """Of them all, where not every image is kept in every view."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def choose(wanted: str, demand: Demand, room: Room, reserve_bytes: int, share_on
         raise ValueError(f"{wanted} is no place for features: one of {', '.join(PLACES)}")
     if wanted == "off":
         return Place("off", False, "Frozen features: computed anew in every step (off)")
-    entries = demand.images * demand.views
+    entries = demand.images * demand.views if demand.entries is None else demand.entries
     one, new = demand.entry_bytes * entries, demand.entry_bytes * max(0, entries - demand.on_disk)
     needed = {"gpu": one, "host": one * demand.ranks, "disk": new}
     free = {"gpu": max(0, room.gpu - reserve_bytes), "host": room.host, "disk": room.disk}
@@ -108,9 +111,9 @@ def free_gpu_bytes(device: torch.device) -> int:
 
 
 def free_disk_bytes(root: Path) -> int:
-    """Free bytes of the file system that a folder lies on, or will."""
+    """Free bytes of the file system that a folder lies on, or will; 0 where nothing may be written."""
     there = next(folder for folder in (Path(root).absolute(), *Path(root).absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(there).free if os.access(there, os.W_OK | os.X_OK) else 0
 
 
 def free_host_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:

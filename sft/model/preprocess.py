@@ -66,9 +66,21 @@ class Preprocess:
         """The place holder of one vision token."""
         raise NotImplementedError
 
+    def image_layout(self, height: int, width: int) -> Layout:
+        """The layout of the vision tokens of an image of that size (pixels)."""
+        raise NotImplementedError
+
+    def vision_pixels(self, image_HW3: np.ndarray) -> VisionInput:
+        """RGB uint8 image -> what the vision encoder takes as uint8, before `normalise_vision`."""
+        raise NotImplementedError
+
+    def normalise_vision(self, pixels: VisionInput, dtype: torch.dtype = torch.float32) -> VisionInput:
+        """`vision_pixels` of one image -> what the vision encoder takes, on the same device."""
+        raise NotImplementedError
+
     def vision_input(self, image_HW3: np.ndarray) -> VisionInput:
         """RGB uint8 image -> what the vision encoder takes, and the layout of its tokens, for `prompt`."""
-        raise NotImplementedError
+        return self.normalise_vision(self.vision_pixels(image_HW3))
 
     def question_ids(self, question: str, layout: Layout) -> list[int]:
         """Token ids up to and with the assistant's turn, for free generation.
@@ -80,7 +92,15 @@ class Preprocess:
 
     def sam2_image(self, image_HW3: np.ndarray) -> Tensor:
         """RGB uint8 image -> (3, sam2_px, sam2_px) fp32; the aspect ratio is not kept, as in the published model."""
-        return _normalise(Image.fromarray(image_HW3).resize((self.sam2_px, self.sam2_px)))
+        return self.normalise_sam2(self.sam2_pixels(image_HW3)[None])[0]
+
+    def sam2_pixels(self, image_HW3: np.ndarray) -> Tensor:
+        """RGB uint8 image -> (3, sam2_px, sam2_px) uint8, before `normalise_sam2`."""
+        return _pixels(Image.fromarray(image_HW3).resize((self.sam2_px, self.sam2_px)))
+
+    def normalise_sam2(self, pixels_B3HW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """uint8 images of SAM2's size -> what its encoder takes, on the same device."""
+        return look_up(pixels_B3HW, _IMAGENET_TABLE, dtype)
 
     def answer_ids(self) -> list[int]:
         """Token ids of "Sure, [SEG]." and the end of the turn."""
@@ -161,18 +181,8 @@ class PreprocessInternVL(Preprocess):
         """The place holder of one vision token."""
         return IMAGE_TOKEN
 
-    def vision_input(self, image_HW3: np.ndarray) -> VisionInput:
-        """RGB uint8 image -> its tiles and the layout of their tokens."""
-        tiles_T3HW = self.tiles(image_HW3)
-        return VisionInput(tiles_T3HW, self.layout(len(tiles_T3HW)))
-
-    def layout(self, tile_count: int) -> Layout:
-        """Vision tokens of an image of so many tiles."""
-        side = math.isqrt(self.tokens_per_tile)
-        return tile_count, side, self.tokens_per_tile // side
-
-    def tiles(self, image_HW3: np.ndarray) -> Tensor:
-        """RGB uint8 image -> normalised vision tiles, (T, 3, tile_px, tile_px) fp32, T from 1 to max_tiles + 1."""
+    def vision_pixels(self, image_HW3: np.ndarray) -> VisionInput:
+        """RGB uint8 image -> its tiles (T, 3, tile_px, tile_px) uint8 and the layout of their tokens."""
         image = Image.fromarray(image_HW3)
         columns, rows = _closest_grid(image.width, image.height, self.max_tiles, self.tile_px)
         side = self.tile_px
@@ -181,7 +191,25 @@ class PreprocessInternVL(Preprocess):
         tiles = [resized.crop(box) for box in boxes]
         if self.use_thumbnail and len(tiles) > 1:
             tiles.append(image.resize((side, side)))
-        return torch.stack([_normalise(tile) for tile in tiles])
+        return VisionInput(torch.stack([_pixels(tile) for tile in tiles]), self.layout(len(tiles)))
+
+    def normalise_vision(self, pixels: VisionInput, dtype: torch.dtype = torch.float32) -> VisionInput:
+        """uint8 tiles -> normalised tiles, on the same device."""
+        return VisionInput(look_up(pixels.pixels, _IMAGENET_TABLE, dtype), pixels.layout)
+
+    def image_layout(self, height: int, width: int) -> Layout:
+        """The layout of the vision tokens of an image of that size (pixels)."""
+        columns, rows = _closest_grid(width, height, self.max_tiles, self.tile_px)
+        return self.layout(columns * rows + (1 if self.use_thumbnail and columns * rows > 1 else 0))
+
+    def layout(self, tile_count: int) -> Layout:
+        """Vision tokens of an image of so many tiles."""
+        side = math.isqrt(self.tokens_per_tile)
+        return tile_count, side, self.tokens_per_tile // side
+
+    def tiles(self, image_HW3: np.ndarray) -> Tensor:
+        """RGB uint8 image -> normalised vision tiles, (T, 3, tile_px, tile_px) fp32, T from 1 to max_tiles + 1."""
+        return self.vision_input(image_HW3).pixels
 
     def question_ids(self, question: str, layout: Layout) -> list[int]:
         """Token ids up to and with the assistant's turn, for free generation.
@@ -207,9 +235,32 @@ def _closest_grid(width: int, height: int, max_tiles: int, tile_px: int) -> tupl
     return best
 
 
-def _normalise(image: Image.Image) -> Tensor:
-    pixels_HW3 = torch.from_numpy(np.array(image)).float() / 255.0
-    return ((pixels_HW3 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)).permute(2, 0, 1)
+def look_up(pixels_N3x: Tensor, table_3V: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 pixels -> their values in a table with a row per channel; the same to the last bit on every device.
+
+    Divisions are rounded in another way on a GPU, where torch multiplies by the reciprocal.
+
+    Args:
+        pixels_N3x: uint8, channels in the second dimension.
+        table_3V: what the 256 levels of each channel become, fp32.
+        dtype: of the result.
+    """
+    values = table_3V.to(pixels_N3x.device, dtype, non_blocking=True).flatten()
+    first_of_channel = 256 * torch.arange(3, dtype=torch.int32, device=pixels_N3x.device)
+    return values[pixels_N3x.int() + first_of_channel.view(1, 3, *[1] * (pixels_N3x.ndim - 2))]
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """(3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _imagenet_table() -> Tensor:
+    mean_31, std_31 = (torch.tensor(values)[:, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (torch.arange(256).float() / 255.0 - mean_31) / std_31
+
+
+_IMAGENET_TABLE = _imagenet_table()
 
 
 def _pad(rows: list[list[int]], length: int, filler: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sft.config import UserError
-from sft.model.preprocess import Preprocess
+from sft.model.preprocess import Preprocess, look_up
 from sft.model.sa2va import Layout, VisionInput
 
 IMAGE_START, IMAGE_TOKEN, IMAGE_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
@@ -54,8 +54,8 @@ class PreprocessQwen(Preprocess):
         """The place holder of one vision token."""
         return IMAGE_TOKEN
 
-    def vision_input(self, image_HW3: np.ndarray) -> VisionInput:
-        """RGB uint8 image -> its patches (N, 3 * frames * patch_px^2) fp32 and the layout of their tokens.
+    def vision_pixels(self, image_HW3: np.ndarray) -> VisionInput:
+        """RGB uint8 image -> its patches (N, 3 * frames * patch_px^2) uint8 and the layout of their tokens.
 
         Patches that become one vision token stand together.
 
@@ -63,14 +63,28 @@ class PreprocessQwen(Preprocess):
             UserError: one side is more than 200 times the other.
         """
         pixels_3HW = self._resized(image_HW3)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        # The fast processor folds the division by 255 into mean and std; so does this, to the last bit.
-        normalised_3HW = pixels_3HW.float().sub(mean * 255.0).div(std * 255.0)
         patch, merge = self.patch_px, self.merge
-        rows, columns = (side // (patch * merge) for side in normalised_3HW.shape[1:])
-        parts = normalised_3HW.view(3, rows, merge, patch, columns, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
+        rows, columns = (side // (patch * merge) for side in pixels_3HW.shape[1:])
+        parts = pixels_3HW.reshape(3, rows, merge, patch, columns, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
         repeated = parts[:, :, :, :, :, None].expand(-1, -1, -1, -1, -1, self.frames, -1, -1)
         return VisionInput(repeated.reshape(rows * columns * merge**2, -1), (1, rows, columns))
+
+    def normalise_vision(self, pixels: VisionInput, dtype: torch.dtype = torch.float32) -> VisionInput:
+        """uint8 patches -> normalised patches, on the same device."""
+        mean_31, std_31 = (torch.tensor(values)[:, None] for values in (self.mean, self.std))
+        # The fast processor folds the division by 255 into mean and std; so does this, to the last bit.
+        table_3V = torch.arange(256).float().sub(mean_31 * 255.0).div(std_31 * 255.0)
+        by_channel = look_up(pixels.pixels.unflatten(1, (3, -1)), table_3V, dtype)
+        return VisionInput(by_channel.flatten(1), pixels.layout)
+
+    def image_layout(self, height: int, width: int) -> Layout:
+        """The layout of the vision tokens of an image of that size (pixels).
+
+        Raises:
+            UserError: one side is more than 200 times the other.
+        """
+        high, wide = self._sizes(height, width)[1]
+        return 1, high // (self.patch_px * self.merge), wide // (self.patch_px * self.merge)
 
     def question_ids(self, question: str, layout: Layout) -> list[int]:
         """Token ids of the chat template up to and with the assistant's turn, for free generation.
@@ -107,18 +121,21 @@ class PreprocessQwen(Preprocess):
             rows.append(torch.cat([before_3L, image_3L, after_3L], dim=1))
         return torch.stack(rows, dim=1)
 
-    def _resized(self, image_HW3: np.ndarray) -> Tensor:
-        height, width = image_HW3.shape[:2]
+    def _sizes(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Height and width after the first resizing and after the second."""
         high, wide = fitted_size(height, width, _FIRST_FACTOR_PX, _FIRST_MIN_PIXELS, _FIRST_MAX_PIXELS)
         for sides in ((height, width), (high, wide)):  # rounding can lengthen an image; the published code looks twice
             if max(sides) > MOST_ELONGATED * min(sides):
                 raise UserError(
                     f"an image of {width} x {height} pixels: Qwen-VL takes sides up to {MOST_ELONGATED} to 1; crop it"
                 )
+        second = fitted_size(high, wide, self.patch_px * self.merge, self.min_pixels, self.max_pixels)
+        return (high, wide), second
+
+    def _resized(self, image_HW3: np.ndarray) -> Tensor:
+        (high, wide), size = self._sizes(*image_HW3.shape[:2])
         first = np.array(Image.fromarray(image_HW3).resize((wide, high)))  # PIL's default for RGB is bicubic
         pixels_3HW = torch.from_numpy(first).permute(2, 0, 1)
-        factor = self.patch_px * self.merge
-        size = fitted_size(high, wide, factor, self.min_pixels, self.max_pixels)
         if size == (high, wide):
             return pixels_3HW
         return functional.interpolate(pixels_3HW[None], size=size, mode="bicubic", antialias=True)[0]

@@ -129,7 +129,7 @@ class Output:
 class Sa2VA(nn.Module):
     """The part that all families share: [SEG] state to mask.
 
-    A family's class builds the rest, has `vision_features` and `generate`, and tells by three paths where the rest
+    A family's class builds the rest, has `vision_features_of` and `generate`, and tells by three paths where the rest
     stands.
     """
 
@@ -143,6 +143,8 @@ class Sa2VA(nn.Module):
     """The place holder of one vision token."""
     seg_before_norm: bool = False
     """Whether `text_hidden_fcs` reads the state before the final norm."""
+    deepstack_levels: int = 0
+    """Vision features beside the vision tokens: Qwen3-VL's."""
 
     def _build_mask_part(self, language_width: int, sam2_config) -> None:
         self.grounding_encoder = nn.Module()
@@ -186,6 +188,10 @@ class Sa2VA(nn.Module):
 
     def vision_features(self, image: VisionInput) -> VisionFeatures:
         """The vision encoder on one image."""
+        return self.vision_features_of([image])[0]
+
+    def vision_features_of(self, images: Sequence[VisionInput]) -> list[VisionFeatures]:
+        """The vision encoder on several images at once."""
         raise NotImplementedError
 
     def hidden_states(self, prompt: Prompt, vision: VisionFeatures, read_BR: Tensor | None = None) -> TextStates:

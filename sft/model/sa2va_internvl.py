@@ -4,6 +4,7 @@ Shapes: B samples, T image tiles, N tokens or patches per tile, E width of the v
 L tokens, C language model width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,9 +60,11 @@ class Sa2VAInternVL(Sa2VA):
         self.language_model = AutoModelForCausalLM.from_config(language_config)
         self._build_mask_part(language_width, sam2_config)
 
-    def vision_features(self, image: VisionInput) -> VisionFeatures:
-        """The vision encoder on the tiles of one image."""
-        return VisionFeatures(self.vision_tokens(image.pixels).flatten(0, 1))
+    def vision_features_of(self, images: Sequence[VisionInput]) -> list[VisionFeatures]:
+        """The vision encoder on the tiles of all images at once."""
+        tokens_TNC = self.vision_tokens(torch.cat([image.pixels for image in images]))
+        parts = tokens_TNC.split([len(image.pixels) for image in images])
+        return [VisionFeatures(part_TNC.flatten(0, 1)) for part_TNC in parts]
 
     def vision_tokens(self, tiles_T3HW: Tensor) -> Tensor:
         """Image tiles -> vision tokens in the language model's space, (T, tokens per tile, C)."""

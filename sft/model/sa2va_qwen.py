@@ -7,6 +7,9 @@ adapter on the published model there has to drop `language_model.` from its keys
 Shapes: B samples, N patches of one image, M vision tokens, L tokens, C language model width, K deepstack levels.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig
@@ -36,21 +39,24 @@ class Sa2VAQwen(Sa2VA):
                 self.model = Qwen2_5_VLForConditionalGeneration(config)
             case "qwen3_vl":
                 self.model = Qwen3VL(config)
+                self.deepstack_levels = len(config.vision_config.deepstack_visual_indexes)
             case _:
                 raise ValueError(f"model type {config.model_type!r}: choose qwen2_5_vl or qwen3_vl")
         # The published Qwen3-VL models were trained where transformers' last hidden state was the one before the norm.
         self.seg_before_norm = config.model_type == "qwen3_vl"
         self._build_mask_part(config.text_config.hidden_size, sam2_config)
 
-    def vision_features(self, image: VisionInput) -> VisionFeatures:
-        """The vision encoder on the patches of one image; Qwen3-VL gives deepstack features as well."""
+    def vision_features_of(self, images: Sequence[VisionInput]) -> list[VisionFeatures]:
+        """The vision encoder on the patches of all images at once; Qwen3-VL gives deepstack features as well."""
         visual = self.model.model.visual
-        frames, rows, columns = image.layout
         merge = visual.spatial_merge_size
-        grid_13 = torch.tensor([[frames, rows * merge, columns * merge]], device=image.pixels.device)
-        outputs = visual(image.pixels, grid_thw=grid_13, return_dict=True)
-        deepstack = getattr(outputs, "deepstack_features", None)
-        return VisionFeatures(outputs.pooler_output, torch.stack(deepstack) if deepstack else None)
+        grids = [(frames, rows * merge, columns * merge) for frames, rows, columns in (one.layout for one in images)]
+        pixels = torch.cat([image.pixels for image in images])
+        outputs = visual(pixels, grid_thw=torch.tensor(grids, device=pixels.device), return_dict=True)
+        counts = [math.prod(image.layout) for image in images]
+        tokens, deepstack = outputs.pooler_output.split(counts), getattr(outputs, "deepstack_features", None)
+        levels = torch.stack(deepstack).split(counts, dim=1) if deepstack else [None] * len(images)
+        return [VisionFeatures(*parts) for parts in zip(tokens, levels, strict=True)]
 
     @torch.no_grad()
     def generate(self, question: Prompt, vision: VisionFeatures, stop_token_ids: list[int], max_tokens: int) -> Tensor:

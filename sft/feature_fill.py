@@ -1,0 +1,118 @@
+"""Filling a feature store: images are read and moved ahead of the encoders and kept behind them, beside each other.
+
+Takes images with the keys of their views and a function that loads one; gives the store their entries. It does not know
+pairs, masks or ranks. Groups are the same whatever the store holds: what is taken together decides the last bits of
+bf16 features, which must not depend on where a filling was interrupted.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from sft.encoders import Encoders, Loaded
+from sft.feature_store import DiskStore, Entry, MemoryStore
+from sft.report import Progress
+
+LOADED_AHEAD, KEPT_BEHIND = 3, 2  # groups around the one that is being encoded
+
+Image = TypeVar("Image")
+
+
+@dataclass(frozen=True)
+class Work(Generic[Image]):
+    """One image to encode, in whatever words `load` knows it, and the keys of its views."""
+
+    image: Image
+    key_of_view: dict[int, str]
+
+
+def grouped(works: Iterable[Work], size: int) -> list[list[Work]]:
+    """Images in groups of about `size` views each; the views of one image are decoded once and stay together."""
+    groups: list[list[Work]] = []
+    count = size
+    for work in works:
+        if count >= size:
+            groups.append([])
+            count = 0
+        groups[-1].append(work)
+        count += len(work.key_of_view)
+    return groups
+
+
+def fill(
+    store: DiskStore | MemoryStore,
+    encoders: Encoders,
+    groups: Sequence[Sequence[Work]],
+    load: Callable[[Image, Sequence[int]], Loaded],
+    readers: Executor,
+    show: bool,
+) -> int:
+    """Computes the groups of which something is missing, keeps what is, and returns how many entries that were.
+
+    Args:
+        store: where they go.
+        encoders: which compute them.
+        groups: from `grouped`.
+        load: an image and its views -> the views on the device; runs in the readers.
+        readers: threads.
+        show: whether to show progress.
+    """
+    missing = set(store.missing(key for group in groups for work in group for key in work.key_of_view.values()))
+    groups = _unfinished(groups, missing, encoders)
+    stream = torch.cuda.Stream(encoders.device) if encoders.device.type == "cuda" else None
+    loading: deque[list[Future[Loaded]]] = deque()
+    keeping: deque[Future[None]] = deque()
+    shown = Progress("Features", len(missing), unit="image") if show and missing else contextlib.nullcontext()
+    with ThreadPoolExecutor(1, thread_name_prefix="keep") as keeper, shown as progress:
+        try:
+            for position, group in enumerate(groups):
+                for later in groups[position + len(loading) : position + LOADED_AHEAD]:
+                    loading.append([readers.submit(load, work.image, [*work.key_of_view]) for work in later])
+                entries = encoders.encode([future.result() for future in loading.popleft()])
+                keys = [key for work in group for key in work.key_of_view.values()]
+                wanted = {key: entry for key, entry in zip(keys, entries, strict=True) if key in missing}
+                done = torch.cuda.current_stream(encoders.device).record_event() if stream else None
+                keeping.append(keeper.submit(_keep, store, wanted, stream, done))
+                if len(keeping) > KEPT_BEHIND:
+                    keeping.popleft().result()
+                if progress:
+                    progress.advance(len(wanted))
+            for kept in keeping:
+                kept.result()
+        finally:
+            for future in (future for several in loading for future in several):
+                future.cancel()
+    return len(missing)
+
+
+def _unfinished(groups: Sequence[Sequence[Work]], missing: set[str], encoders: Encoders) -> list[Sequence[Work]]:
+    """Groups of which something is missing: whole, or that alone where neighbours decide nothing."""
+    if encoders.sizes.images == 1:
+        lacking = [
+            Work(work.image, {view: key for view, key in work.key_of_view.items() if key in missing})
+            for group in groups
+            for work in group
+        ]
+        return [[work] for work in lacking if work.key_of_view]
+    return [group for group in groups if any(missing & set(work.key_of_view.values()) for work in group)]
+
+
+def _keep(
+    store: DiskStore | MemoryStore,
+    entries: dict[str, Entry],
+    stream: torch.cuda.Stream | None,
+    computed: torch.cuda.Event | None,
+) -> None:
+    """Runs in a thread, whose copies wait for these entries and hold up no others."""
+    with torch.cuda.stream(stream):  # does nothing for None
+        if stream is not None:
+            stream.wait_event(computed)
+        for key, entry in entries.items():
+            store.put(key, entry)
+        if stream is not None:
+            stream.synchronize()  # before the memory of the entries goes to the next ones

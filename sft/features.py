@@ -32,6 +32,9 @@ from sft.ranks import local_ranks
 
 VIEWS = 8  # the image as it is, its mirror image, and their quarter turns
 READ_AHEAD_BATCHES = 2
+GPU_LENGTHS = (
+    32  # prompts on a GPU are padded to a multiple of so many tokens: each length is compiled and graphed anew
+)
 
 Found = TypeVar("Found")
 
@@ -294,6 +297,7 @@ class Features:
             [self._question(item.pair) for item in items],
             [self._preprocess.image_layout(*mask_HW.shape) for mask_HW in masks],
             with_labels=self._config.text_weight > 0,
+            multiple_of=GPU_LENGTHS if self._device.type == "cuda" else 1,
         )
         self.longest_prompt_tokens = max(self.longest_prompt_tokens, prompt.input_ids_BL.shape[1])
         if self._encoders.sam2_trains:

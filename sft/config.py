@@ -129,7 +129,7 @@ class TrainConfig:
     """Devices as nvidia-smi numbers them, `3` or `0,1`; one rank each. none: the first visible device, or the CPU."""
     include: str | None = None
     """The same in DeepSpeed's words, `localhost:0,1`."""
-    num_workers: Annotated[int, Range(at_least=0)] = 2
+    num_workers: Annotated[int, Range(at_least=0)] = 4
     """Threads that read images ahead of the step, per rank; 0 counts as 1."""
     feature_cache: Annotated[
         Literal["auto", "gpu", "host", "disk", "off"], Former("memory", "auto, or host to insist on host memory")

@@ -135,15 +135,11 @@ def _take_first_step(run: Run) -> None:
 
 
 def _fill(run: Run) -> float:
-    """Images a second of reading, encoding and keeping, of images that no batch has asked for yet."""
-    asked = {item.pair.name for item in next(_plan(run))}
-    pairs = [pair for pair in run.data.train if pair.name not in asked] or run.data.train
-    items = [Item(pair) for pair in pairs]
-    plan = [items[start : start + FILL_BATCH] for start in range(0, len(items), FILL_BATCH)]
+    """Images a second of reading, encoding and keeping all images of the run."""
+    items = [Item(pair) for pair in (*run.data.train, *run.data.val)]
     wait(run.ranks.device)
     started_s = time.perf_counter()
-    for _batch in run.features.batches(plan):
-        pass
+    runs.keep_features(run, items)
     wait(run.ranks.device)
     return len(items) / (time.perf_counter() - started_s)
 

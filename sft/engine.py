@@ -193,6 +193,7 @@ def initialize(
     engine = Engine(model, deepspeed_engine, vectors)
     _create_optimizer_state(engine)
     _forget_gradients_after_step(engine)
+    _clip_without_waiting(engine, config.max_grad_norm)
     return engine
 
 
@@ -463,6 +464,24 @@ def _forget_gradients_after_step(ds_engine: Engine) -> None:
 
     if kept:
         zero.step = step_then_forget
+
+
+def _clip_without_waiting(ds_engine: Engine, max_grad_norm: float) -> None:
+    """Clips as DeepSpeed does, on the device alone: its own looks at the norm, so the CPU waits for the whole step.
+
+    In bf16 under ZeRO-1 and 2; elsewhere DeepSpeed waits for other reasons. A norm below 0 stands for one not finite.
+    """
+    zero = ds_engine.deepspeed.optimizer
+    if not ds_engine.vectors or zero.dtype != torch.bfloat16 or zero.cpu_offload:
+        return
+
+    def clip(gradients: list[Any], norm: Tensor) -> None:
+        norm = torch.where(norm < 0, torch.inf, norm)
+        factor = 1.0 / torch.clamp((norm + 1e-6) / max_grad_norm, min=1.0)
+        for gradient in gradients:
+            gradient.data.mul_(factor)
+
+    zero.unscale_and_clip_grads = clip
 
 
 def _set_partition(parameter: nn.Parameter, whole: Tensor, key: str | None) -> None:

@@ -65,9 +65,8 @@ class Decoder:
         inputs = (embeddings_BLC, read_BR, cos, sin)
         if deepstack_KMC is not None:
             # Spread over all positions here: a graph has no room for a number of image positions that varies.
-            maps = deepstack_KMC.new_zeros(len(deepstack_KMC), *embeddings_BLC.shape)
-            maps[:, image_BL] = deepstack_KMC
-            inputs += (maps.to(embeddings_BLC.dtype),)
+            maps = embeddings_BLC.new_zeros(len(deepstack_KMC), *embeddings_BLC.shape)
+            inputs += (maps.masked_scatter(image_BL[None, ..., None], deepstack_KMC.to(maps.dtype)),)
         return self._graphed(inputs)(*inputs) if self._may_graph(embeddings_BLC) else self._run(*inputs)
 
     def compile(self) -> None:

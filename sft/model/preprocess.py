@@ -7,6 +7,7 @@ Source of the constants: InternVL2.5's and Sa2VA's preprocessing (ImageNet stati
 thumbnail).
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -55,6 +56,8 @@ class Preprocess:
 
     tokenizer: PreTrainedTokenizerBase
     sam2_px: int = field(kw_only=True)
+    # Tokenizing takes 1 ms a question, as much as the rest of a sample; a run asks the same few over and over.
+    _asked: dict[tuple[str, Layout], list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def end_token(self) -> str:
@@ -104,9 +107,13 @@ class Preprocess:
 
     def answer_ids(self) -> list[int]:
         """Token ids of "Sure, [SEG]." and the end of the turn."""
+        return list(self._answer)
+
+    @functools.cached_property
+    def _answer(self) -> list[int]:
         return self.tokenizer.encode(ANSWER + self.end_token, add_special_tokens=False)
 
-    @property
+    @functools.cached_property
     def seg_token_id(self) -> int:
         """Id of [SEG]."""
         return self.tokenizer.convert_tokens_to_ids(SEG_TOKEN)
@@ -135,12 +142,14 @@ class Preprocess:
             with_labels: whether the text is trained.
             multiple_of: rows are padded to a multiple of so many tokens, so that fewer lengths are compiled.
         """
-        answer = self.answer_ids()
+        answer = self._answer
         if not with_labels:
             answer = answer[: answer.index(self.seg_token_id) + 1]
         rows, labels, seg_positions = [], [], []
         for question, layout in zip(questions, layouts, strict=True):
-            question_ids = self.question_ids(question, layout)
+            if (question, layout) not in self._asked:
+                self._asked[question, layout] = self.question_ids(question, layout)
+            question_ids = self._asked[question, layout]
             rows.append(question_ids + answer)
             labels.append([IGNORED] * (len(question_ids) - 1) + answer + [IGNORED])
             seg_positions.append(len(question_ids) + answer.index(self.seg_token_id))

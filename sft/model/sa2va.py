@@ -89,9 +89,11 @@ class Prompt:
     position_ids_3BL: Tensor | None = None  # Qwen: time, row and column of each token; else positions count up
 
     def to(self, device: torch.device | str) -> "Prompt":
-        """The same on a device."""
+        """The same on a device; on a GPU without waiting for what it still has to do."""
         parts = (self.input_ids_BL, self.seg_position_B, self.labels_BL, self.position_ids_3BL)
-        return Prompt(*(None if part is None else part.to(device) for part in parts))
+        if torch.device(device).type == "cuda":
+            parts = tuple(part if part is None or part.is_cuda else part.pin_memory() for part in parts)
+        return Prompt(*(None if part is None else part.to(device, non_blocking=True) for part in parts))
 
     def first(self, length: int) -> "Prompt":
         """The first tokens of every row, for instance the question without its answer."""

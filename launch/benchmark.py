@@ -94,7 +94,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         if file and not file.absolute().parent.is_dir():
             raise UserError(f"{file}: its folder does not exist; make it first")
     given = {word.partition("=")[0] for word in rest}
-    for flag in ("--data_root", "--val_list", "--output_dir", "--batch_size", "--lora_rank", "--num_epochs"):
+    for flag in (
+        "--data_root",
+        "--val_list",
+        "--output_dir",
+        "--batch_size",
+        "--lora_rank",
+        "--num_epochs",
+        "--feature_cache_dir",
+    ):
         if flag in given:
             raise UserError(f"{flag}: the benchmark chooses it itself; see --batch_sizes, --rank, --folder")
     # Wrong settings are answered before anything is measured.
@@ -181,12 +189,13 @@ def prepare(arguments: argparse.Namespace, rest: list[str]) -> TrainConfig:
 
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ["SA2VA_SFT_CACHE"] = str(folder / f"cache_{os.getpid()}")  # features are computed, not found
+    own = os.getppid() if was_started_here() else os.getpid()  # the same on all ranks
+    os.environ["SA2VA_SFT_CACHE"] = str(folder / f"cache_{own}")  # features are computed, not found
     model_path = arguments.model_path or inputs.write_model(arguments.shape, folder)
     count = max(arguments.images, max(arguments.batch_sizes))
     data_root, val_list = inputs.write_images(*arguments.image_size, count, folder)
     paths = {"model_path": model_path, "data_root": str(data_root), "val_list": str(val_list)}
-    return override(settings_of_runs(arguments, rest), paths | {"output_dir": str(folder / f"runs_{os.getpid()}")})
+    return override(settings_of_runs(arguments, rest), paths | {"output_dir": str(folder / f"runs_{own}")})
 
 
 def described(arguments: argparse.Namespace, config: TrainConfig) -> dict:

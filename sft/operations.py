@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sft.model.preprocess import IGNORED
 from sft.model.sa2va import Prompt, Sa2VA
 
 GPU_SIDE, CPU_SIDE = 8192, 1024  # of the square matrices whose product is the measure
@@ -145,7 +146,7 @@ class Effort:
             return
         lengths_B = lengths_of(prompt).double()
         labels = prompt.labels_BL
-        labelled = lengths_B.new_zeros(()) if labels is None else (labels != -100).sum().double()
+        labelled = lengths_B.new_zeros(()) if labels is None else (labels != IGNORED).sum().double()
         count = torch.full((), len(lengths_B), dtype=torch.float64, device=self._device)
         self._sums += torch.stack([lengths_B.sum(), lengths_B.square().sum(), count, labelled])
 
@@ -160,9 +161,11 @@ class Effort:
 
 
 def lengths_of(prompt: Prompt) -> Tensor:
-    """Tokens of each row without padding: what follows [SEG] is equally long in all rows."""
-    behind = prompt.input_ids_BL.shape[1] - prompt.seg_position_B.max()
-    return prompt.seg_position_B + behind
+    """Tokens of each row without padding: a row ends at [SEG], or behind the last token that has a label."""
+    if prompt.labels_BL is None:
+        return prompt.seg_position_B + 1
+    places_L = torch.arange(prompt.labels_BL.shape[1], device=prompt.labels_BL.device)
+    return (places_L * (prompt.labels_BL != IGNORED)).amax(1) + 2  # a label stands before the token it names
 
 
 def _wait(device: torch.device) -> None:

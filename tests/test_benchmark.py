@@ -1,5 +1,6 @@
 """Protects the benchmark: both loops compute the same, every figure is there, mistakes are one line."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -112,7 +113,8 @@ def test_bare_torch_takes_the_engines_steps(config):
     assert any(weight.abs().max() > 0 for name, weight in weights[True].items() if "lora_B" in name)
 
 
-def test_every_figure_is_measured_and_fits_into_json(config):
+def test_every_figure_is_measured_and_fits_into_json(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("SA2VA_SFT_CACHE", str(tmp_path / "cache"))
     kept = []
     settings = benchmark.Settings(config, (1, 2), steps=2, warm_up=1, import_s=1.0)
     figures = benchmark.measure(settings, lambda known: kept.append(json.dumps(known)))
@@ -150,6 +152,14 @@ def test_the_table_is_aligned_and_names_targets_for_the_shape_they_are_of():
     assert any(line.startswith("filling") and line.endswith("at least 90") for line in lines)
     assert not [line for line in table(small_figures(shape="8b")).splitlines() if "at most" in line]
     assert not any("least 0.5" in line for line in lines), "MFU has a target at batch 32 alone"
+
+
+def test_steps_of_very_unequal_length_are_marked():
+    """A busy machine makes a factor that means nothing; the reader is told."""
+    assert "UNSTEADY" not in table(small_figures())
+    plain_row = small_figures()["plain"] | {"step_ms": 60.0, "step_ms_quartiles": 16.0}
+    marked = [line for line in table(small_figures(plain=plain_row)).splitlines() if "UNSTEADY" in line]
+    assert [line.split(": ")[1].split("  ")[0] for line in marked] == ["step", "against the plain loop"]
 
 
 def test_the_picture_opens_and_its_bars_are_to_scale(tmp_path):
@@ -239,3 +249,28 @@ def test_the_command_measures_one_rank_and_two(config, tmp_path):
     left = {path.name for path in (tmp_path / "kept").iterdir()}
     assert left == {"one_rank.json", "images_128x96_4"}, "runs and features are removed"
     Image.open(tmp_path / "two.png").verify()
+
+
+def test_no_timed_step_runs_an_encoder(config, monkeypatch, tmp_path):
+    """Features are kept before the steps, as training keeps them; else a step's time would be theirs."""
+    monkeypatch.setenv("SA2VA_SFT_CACHE", str(tmp_path / "cache"))
+    calls, timed = [], benchmark.timed
+
+    def watched(step, device, steps, warm_up):
+        before = len(calls)
+        times = timed(step, device, steps, warm_up)
+        assert len(calls) == before
+        return times
+
+    prepared = runs.prepared
+
+    @contextlib.contextmanager
+    def counting(given):
+        with prepared(given) as run:
+            run.loaded.model.sam2.vision_encoder.register_forward_hook(lambda *_: calls.append(1))
+            yield run
+
+    monkeypatch.setattr(benchmark, "timed", watched)
+    monkeypatch.setattr(runs, "prepared", counting)
+    benchmark.measure(benchmark.Settings(config, (1, 2), steps=3, warm_up=1, with_plain=False, with_parts=False))
+    assert calls, "nothing was counted"

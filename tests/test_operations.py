@@ -79,9 +79,16 @@ def test_convolutions_and_linears_count_as_torch_counts_them():
     assert operations.forward_of(parts, lambda: parts(images)) == counter.get_total_flops() == by_hand
 
 
-def test_padding_counts_as_nothing():
-    padded = Prompt(torch.zeros(3, 20, dtype=torch.int64), torch.tensor([9, 15, 12]))
-    assert operations.lengths_of(padded).tolist() == [14, 20, 17]  # four tokens behind [SEG] in each
+@pytest.mark.parametrize("multiple_of", [1, 64])
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_padding_counts_as_nothing(with_labels, multiple_of):
+    """Neither what makes rows equally long nor what brings them to a length that repeats."""
+    preprocess, layout = small.preprocess(), (1, 4, 4)
+    questions = [small.QUESTION, small.LONGER]
+    alone = [preprocess.prompt([one], [layout], with_labels=with_labels).input_ids_BL.shape[1] for one in questions]
+    together = preprocess.prompt(questions, [layout] * 2, with_labels=with_labels, multiple_of=multiple_of)
+    assert alone[0] != alone[1] and together.input_ids_BL.shape[1] % multiple_of == 0
+    assert operations.lengths_of(together).tolist() == alone
 
 
 def test_qwen_has_the_same_parts(tmp_path):

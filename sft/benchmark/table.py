@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 PAPER, INK, FAINT_INK = (255, 255, 255), (32, 36, 42), (110, 116, 124)
 PLAIN, OURS, BARE = (217, 72, 15), (31, 111, 235), (134, 142, 150)
 WIDTH_PX, BAR_PX, MARGIN_PX, FONT_PX = 1000, 34, 24, 18
+UNSTEADY = 0.25  # distance of the quartiles, in medians, from which on a figure is marked
 TARGET_SHAPE = "4b"
 # On one H200 with a 512 x 512 image: what a row is to reach at a batch size (None: at any).
 _AT_MOST = {("ms_per_sample", 1): 60.0, ("ms_per_sample", 8): 13.0, ("ms_per_sample", 32): 9.5}
@@ -78,7 +79,8 @@ def _lines(figures: dict) -> Iterator[Line]:
         yield from _step_lines(name, row, _target(shape, "ms_per_sample", batch, "ms"))
         if "times_plain" in row:
             target = _target(shape, "times_plain", batch, "x")
-            yield f"{name}: against the plain loop", f"{row['times_plain']:.1f}", "x", target
+            unit = f"x{_unsteady(row) or _unsteady(figures['plain'])}"
+            yield f"{name}: against the plain loop", f"{row['times_plain']:.1f}", unit, target
         yield f"{name}: waiting for data", f"{100 * row['data_share']:.1f}", "% of the step", ""
         target = _target(shape, "mfu", batch, "")
         yield f"{name}: MFU of the step", f"{row['mfu']:.3f}", f"of {row['peak_tflops']:.4g} TFLOP/s measured", target
@@ -105,7 +107,12 @@ def _step_lines(name: str, row: dict, target: str = "") -> Iterator[Line]:
 
 
 def _spread(row: dict) -> str:
-    return f"ms, median of {row['steps']:.0f} (quartiles {row['step_ms_quartiles']:.2f} apart)"
+    return f"ms, median of {row['steps']:.0f} (quartiles {row['step_ms_quartiles']:.2f} apart){_unsteady(row)}"
+
+
+def _unsteady(row: dict) -> str:
+    """A remark on steps so unequal that something else was using the machine."""
+    return " UNSTEADY: is the machine busy?" if row["step_ms_quartiles"] > UNSTEADY * row["step_ms"] else ""
 
 
 def _target(shape: str, key: str, batch: int | None = None, unit: str = "") -> str:

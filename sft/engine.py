@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from sft import zero_json
 from sft.config import TrainConfig, UserError, deepspeed_config_path
 from sft.finite import DivergedError
-from sft.flat import Layout, Vector, Vectors, layout
+from sft.flat import Layout, Vector, Vectors, layout, vectors_of
 from sft.ranks import ensure_rank, was_launched
 
 # DeepSpeed picks its accelerator while it is imported, so the choice has to stand before that.
@@ -176,7 +176,7 @@ def initialize(
     if settings["zero_optimization"]["stage"] < 3:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         nn.functional.linear = _LINEAR
-        vectors = _vectors(model, param_groups, dtype, ranks.device)
+        vectors = vectors_of(model, param_groups, dtype, ranks.device)
         param_groups = [group | {"params": [v.parameter]} for group, v in zip(param_groups, vectors, strict=True)]
         held = Vectors(vectors)
         _move(model, dtype, ranks.device)
@@ -391,13 +391,6 @@ def _check_zero_keys(path: Path, zero: dict[str, Any]) -> None:
 
 def _trainable(ds_engine: Engine) -> dict[str, nn.Parameter]:
     return {name: p for name, p in ds_engine.model.named_parameters() if p.requires_grad}
-
-
-def _vectors(
-    model: nn.Module, param_groups: list[dict[str, Any]], dtype: torch.dtype, device: torch.device
-) -> list[Vector]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [Vector({names[id(p)]: p for p in group["params"]}, dtype, device) for group in param_groups]
 
 
 def _move(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

@@ -84,6 +84,12 @@ class Vector:
         return self.layout.join(gradients, self.parameter)
 
 
+def vectors_of(model: nn.Module, param_groups: list[dict], dtype: torch.dtype, device: torch.device) -> list[Vector]:
+    """One vector per group of torch.optim's kind, its leaves under their names in the model."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [Vector({names[id(leaf)]: leaf for leaf in group["params"]}, dtype, device) for group in param_groups]
+
+
 class _Handover(torch.autograd.Function):
     """A scalar 0 whose gradient with respect to each vector is the one already computed."""
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -22,6 +23,7 @@ from sft import data, synthetic
 from sft.config import TrainConfig, override, parse_args, settings_table
 from sft.devices import plan
 from sft.ranks import rank_environ
+from sft.verify.published_side import HOW_TO_MAKE
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
@@ -41,6 +43,14 @@ def block(language: str, start: str) -> str:
     """The one block of README.md that starts so."""
     (found,) = [text for text in blocks(ENGLISH, language) if text.startswith(start)]
     return found
+
+
+def script(name: str) -> ModuleType:
+    """A file of launch/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 COMMANDS = [line.partition("  #")[0].strip() for text in blocks(ENGLISH, "bash") for line in text.splitlines()]
@@ -73,6 +83,7 @@ class Place:
         names = {"/models/Sa2VA-4B": "model", "/data/chase_db1": "data", "/data/vessels": "data"}
         names |= {"/data/val.txt": "val.txt", "/data/synthetic": "synthetic", "/data/tiny_sa2va": "base"}
         names |= {"vessels.yaml": "vessels.yaml", "output_sft": "output_sft", "gpu_report": "gpu_report"}
+        names |= {"/data/benchmark": "benchmark", "benchmark.json": "benchmark.json", "benchmark.png": "benchmark.png"}
         found = re.compile("|".join(rf"(?<!/){re.escape(name)}" for name in names))
         return found.sub(lambda match: str(self.folder / names[match[0]]), text)
 
@@ -122,7 +133,8 @@ def test_every_command_is_known_here() -> None:
     others = {
         "bash tests/run.sh", "bash tests/gpu.sh", "source .venv/bin/activate", "tail -f", "grep '^", "jq -c",
         "python -m sft.data", "python -m sft.config --table", "python -m sft.synthetic", "python -m sft.pretrain",
-        "hf download", "tensorboard --logdir",
+        "hf download", "tensorboard --logdir", "python launch/export.py", "python launch/verify.py",
+        "python launch/benchmark.py", "python3 -m venv .venv_published", ".venv_published/bin/pip install",
     }  # fmt: skip
     unknown = [command for command in COMMANDS if command not in TRAINING and not command.startswith(tuple(others))]
     assert not unknown, "give them a test"
@@ -221,6 +233,58 @@ def test_pretraining_command_is_understood(place: Place, monkeypatch) -> None:
         pretrain.main()
 
 
+def test_export_commands_write_what_the_readme_says_and_python_reads_it(place: Place, monkeypatch, capsys) -> None:
+    """The merged directory of the first command then answers the Python block about one image."""
+    export, run = script("export"), place.train(place.config(["--train_modules", "none"]))
+    commands = [place.fill(command) for command in COMMANDS if command.startswith("python launch/export.py")]
+    monkeypatch.chdir(place.folder)
+    printed = []
+    for command in commands:
+        words = shlex.split(command.replace(str(place.folder / "output_sft" / RUN), str(run)))
+        monkeypatch.setattr(sys, "argv", words[1:])
+        capsys.readouterr()
+        assert export.main() == 0
+        printed.append(capsys.readouterr().out.strip())
+
+    def lines(text: str) -> list[str]:
+        return form(re.sub(r"(?<=\d),(?=\d)", "", re.sub(r"b?float\d+", "TYPE", text))).splitlines()
+
+    assert lines(place.fill(block("text", "model.safetensors:"))) == lines(printed[0])
+    assert (place.folder / "adapter" / "adapter_model.safetensors").is_file()
+    text = place.fill(block("python", "from pathlib"))
+    shutil.copyfile("data/images/Image_00L.png", "image.png")
+    exec(compile(text.replace('"cuda"', '"cpu"'), "README.md", "exec"), {})
+    with Image.open("mask.png") as mask, Image.open("image.png") as image:
+        assert mask.size == image.size
+    assert capsys.readouterr().out.strip().endswith(("True", "False"))
+
+
+def test_verify_commands_are_understood_and_the_native_one_answers(place: Place, monkeypatch, capsys) -> None:
+    verify = script("verify")
+    native, both = (place.fill(command) for command in COMMANDS if command.startswith("python launch/verify.py"))
+    assert shlex.split(both) == [*shlex.split(native), "--trust_remote_code"]
+    monkeypatch.chdir(place.folder)
+    words = shlex.split(native)[1:]
+    assert verify.parse(shlex.split(both)[2:]).trust_remote_code
+    monkeypatch.setattr(sys, "argv", [*words, "--device", "cpu", "--max_answer_tokens", "4"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert verify.main() == 0
+    assert "not compared" in capsys.readouterr().out
+    assert all((place.folder / name).is_file() for name in re.findall(r"`(output_verify/[\w.]+)`", ENGLISH))
+
+
+def test_environment_of_the_published_code_is_where_verify_looks() -> None:
+    (make,) = [command for command in COMMANDS if command.startswith("python3 -m venv")]
+    (install,) = [command for command in COMMANDS if "/bin/pip install" in command]
+    assert f"{make} && {install}" in HOW_TO_MAKE
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "launch/benchmark.py" in command])
+def test_benchmark_command_is_understood(command: str, place: Place) -> None:
+    _, left_for_the_runs = script("benchmark").parse(shlex.split(place.fill(command))[2:])
+    assert left_for_the_runs == []
+
+
 def test_watching_commands_find_the_runs_lines(place: Place, demo: Path) -> None:
     shown = [place.fill(c) for c in COMMANDS if c.startswith(("tail", "grep", "jq")) and "output_sft" in c]
     assert len(shown) == 4
@@ -261,7 +325,7 @@ def test_adapter_goes_onto_a_model_as_the_python_block_says(place: Place, monkey
 
     from sft.model import published
 
-    (text,) = blocks(ENGLISH, "python")
+    text = block("python", "import torch")
     run = place.train(place.config(["--train_modules", "none"]))
     model = published.load(str(place.folder / "model"), dtype=torch.float32).model
     before = {name: tensor.clone() for name, tensor in model.language_model.state_dict().items()}
@@ -287,7 +351,7 @@ def test_settings_table_is_the_generated_one() -> None:
 
 def test_chinese_settings_table_has_the_same_keys_defaults_and_ranges() -> None:
     words = {"integer": "整数", "number": "数", "path": "路径", "text": "文本", "any of ": "可多选：", " or ": " 或 "}
-    words |= {"names with commas between": "名称，逗号分隔", ", or none": "，或 none"}
+    words |= {"names with commas between": "名称，逗号分隔", ", or none": "，或 none", ", or auto": "，或 auto"}
     words |= {" and at most ": " 且 <= ", " and below ": " 且 < "}
     words |= {" at least ": "，>= ", " above ": "，> ", " at most ": "，<= ", " below ": "，< "}
     pattern = re.compile("|".join(rf"\b{re.escape(word)}\b" for word in sorted(words, key=len, reverse=True)))
@@ -351,10 +415,12 @@ def test_results_show_what_a_run_leaves(place: Place, demo: Path) -> None:
     assert checkpoint["checkpoint_best/"] == left(demo / "checkpoint_best")
 
 
-def test_demo_output_has_the_form_of_todays_log(demo: Path) -> None:
-    def form(line: str) -> str:
-        return re.sub(r"[+-]?\d+(:\d\d)*(\.\d+)?(e[+-]\d+)?", "#", line)
+def form(text: str) -> str:
+    """The text with a mark in every number's place."""
+    return re.sub(r"[+-]?\d+(:\d\d)*(\.\d+)?(e[+-]\d+)?", "#", text)
 
+
+def test_demo_output_has_the_form_of_todays_log(demo: Path) -> None:
     log = {form(line) for line in (demo / "training.log").read_text().splitlines()}
     shown = block("text", "setup:").splitlines()
     lines = [line for line in shown if line != "..." and not line.startswith(("setup:", "Run "))]
@@ -406,8 +472,8 @@ def test_both_languages_show_the_same_output() -> None:
             assert english == chinese
 
 
-def test_python_block_imports_what_exists() -> None:
-    (text,) = blocks(ENGLISH, "python")
+@pytest.mark.parametrize("text", blocks(ENGLISH, "python"), ids=["native", "published"])
+def test_python_block_imports_what_exists(text: str) -> None:
     modules = {
         name
         for node in ast.walk(ast.parse(text))

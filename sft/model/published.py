@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import (
     InternVLVisionConfig,
     LlamaConfig,
@@ -24,7 +23,7 @@ from transformers import (
 )
 
 from sft.config import UserError
-from sft.model import internlm2, key_map, phi3, preprocess_qwen, published_qwen, weights
+from sft.model import internlm2, phi3, preprocess_qwen, published_qwen, weights
 from sft.model.preprocess import (
     IMAGE_END,
     IMAGE_START,
@@ -181,21 +180,13 @@ def save(
 ) -> int:
     """Writes a complete published directory (one safetensors file); returns the bytes of the weights."""
     directory.mkdir(parents=True, exist_ok=True)
-    published = {name: tensor.to(dtype).contiguous().clone() for name, tensor in published_state(model).items()}
+    published = {name: tensor.to(dtype).contiguous().clone() for name, tensor in weights.published_state(model).items()}
     save_file(published, directory / weights.FILE, metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(directory)
     if _is_qwen_vl(config):
         published_qwen.write_processor(directory, config)
     return (directory / weights.FILE).stat().st_size
-
-
-def published_state(model: Sa2VA) -> dict[str, Tensor]:
-    """All weights under their published names and in their published shapes; a tied head is absent."""
-    state = dict(model.state_dict())
-    if model.tied_head:
-        state.pop(model.tied_head, None)
-    return key_map.to_published(state, internlm2.heads_of(model.decoder.config))
 
 
 def _is_qwen_vl(config: dict) -> bool:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from sft.config import UserError
-from sft.model import published, random_weights, shapes, weights
+from sft.model import published, published_tokenizer, random_weights, shapes, weights
 from sft.model.tiny import tokenizer_with
 from sft.train import train
 
@@ -186,5 +186,5 @@ def test_a_directory_of_a_published_qwen_shape_has_all_its_parameters(name, tmp_
     width = text["hidden_size"]
     expected = STATED_QWEN[name] * 1e9 + width * text["vocab_size"] + SAM2_PARAMETERS + width * (width + 256)
     assert total / 2 == pytest.approx(expected, rel=0.005)
-    preprocess = published.make_preprocess(shape.config, published._read_tokenizer(tmp_path), tmp_path)
+    preprocess = published.make_preprocess(shape.config, published_tokenizer.read(tmp_path), tmp_path)
     assert preprocess.image_token_id == shape.config["image_token_id"]

@@ -3,7 +3,6 @@
 Takes a directory with one file or with shards and their index. It does not know what config.json means.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from sft.config import UserError
 from sft.model import internlm2, key_map, shards
+from sft.model.published_json import read_json
 from sft.model.sa2va import Sa2VA
 
 INDEX, FILE = "model.safetensors.index.json", "model.safetensors"
@@ -73,17 +73,6 @@ def published_state(model: Sa2VA) -> dict[str, Tensor]:
     if model.tied_head:
         state.pop(model.tied_head, None)
     return key_map.to_published(state, internlm2.heads_of(model.decoder.config))
-
-
-def read_json(file: Path) -> dict:
-    """A published JSON file; a UserError if it is none or holds no settings by name."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid JSON ({error}); copy the file from the published model again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: holds no settings by name; copy the file from the published model again")
-    return content
 
 
 def weight_files(directory: Path) -> list[Path]:

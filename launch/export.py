@@ -57,7 +57,7 @@ def export(arguments: argparse.Namespace) -> int:
         print(f"  left out: {', '.join(written.left_out)}: not read, so not merged")
     print(seg_rate_line(arguments.checkpoint))
     if arguments.validate:
-        from sft.train import validate_directory
+        from sft.validation import validate_directory
 
         before, after = validate_directory(arguments.checkpoint, arguments.output)
         print(f"validation Dice {before:.4f} in the run, {after:.4f} of the merged model ({after - before:+.4f})")

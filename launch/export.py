@@ -41,15 +41,14 @@ def export(arguments: argparse.Namespace) -> int:
 
     from sft.model import export as exporting
     from sft.model import published
-    from sft.model.weights import read_json
 
     if arguments.adapter_only:
+        check_adapter_only(arguments)
         exporting.export_adapter(arguments.checkpoint, arguments.output)
         print(f"adapter in {arguments.output}")
         print(seg_rate_line(arguments.checkpoint))
         return 0
-    named = read_json(arguments.checkpoint / "adapter_config.json").get("base_model_name_or_path")
-    base = published.resolve(arguments.model_path or named)
+    base = published.resolve(arguments.model_path or exporting.base_of(arguments.checkpoint))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(arguments.dtype)
     written = exporting.export(base, arguments.checkpoint, arguments.output, dtype, tell=_tell)
     print(f"{written.tensors:,} tensors, {', '.join(written.dtypes)}, {written.bytes:,} bytes in {arguments.output}")
@@ -58,11 +57,18 @@ def export(arguments: argparse.Namespace) -> int:
         print(f"  left out: {', '.join(written.left_out)}: not read, so not merged")
     print(seg_rate_line(arguments.checkpoint))
     if arguments.validate:
-        from sft.train import validate_directory
+        from sft.validation import validate_directory
 
         before, after = validate_directory(arguments.checkpoint, arguments.output)
         print(f"validation Dice {before:.4f} in the run, {after:.4f} of the merged model ({after - before:+.4f})")
     return 0
+
+
+def check_adapter_only(arguments: argparse.Namespace) -> None:
+    """A copy of the adapter has no base, no other dtype and no Dice of its own."""
+    given = [name for name in ("model_path", "dtype", "validate") if getattr(arguments, name)]
+    if given:
+        raise UserError(f"adapter_only: merges nothing, so --{given[0]} means nothing with it; leave one of them out")
 
 
 def seg_rate_line(checkpoint_directory: Path) -> str:

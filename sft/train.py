@@ -9,26 +9,23 @@ import functools
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sft import checkpoint, data, engine, losses, metrics, operations, provenance
+from sft import checkpoint, engine, losses, operations, validation
 from sft import run as runs
 from sft.checkpoint import Progress
 from sft.config import TrainConfig
-from sft.features import VIEWS, Batch, Features, Item
+from sft.features import VIEWS, Batch, Item
 from sft.finite import DivergedError
-from sft.model import lora, published
-from sft.model.sa2va import Masks, upsample
+from sft.model import lora
+from sft.model.sa2va import Masks
 from sft.run import Run
 from sft.stopwatch import Stopwatch
-
-MAX_ANSWER_TOKENS = 16  # "Sure, [SEG]." has five: an answer that has not come to [SEG] by then will not
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def train(config: TrainConfig, on_validation: Callable[[dict], None] | None = No
             validate_and_keep(run, on_validation)
         else:
             run.log.line(f"Resumed after epoch {run.progress.epoch} (step {run.progress.step})")
-            run.pictures["base"] = base_masks(run)
+            run.pictures["base"] = validation.base_masks(run)
         run.log.start(run.steps_per_epoch * config.num_epochs, run.progress.step)
         for epoch in range(run.progress.epoch + 1, config.num_epochs + 1):
             train_epoch(run, epoch)
@@ -130,7 +127,7 @@ def train_step(run: Run, batch: Batch, watch: Stopwatch) -> dict[str, Tensor]:
 
 def loss_terms(masks: Masks, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
     """ComboLoss at each mask's native size: images of one size together, then the mean over images."""
-    groups = _rows_by_size(batch)
+    groups = validation.rows_by_size(batch)
     if len(groups) == 1:  # nothing to gather and nothing to weigh
         return losses.combo(masks.logits_Bhw, torch.stack(batch.masks), config)
     sums: dict[str, Tensor] = {}
@@ -163,7 +160,7 @@ def all_items(run: Run) -> list[Item]:
 
 def validate_and_keep(run: Run, on_validation: Callable[[dict], None] | None) -> dict:
     """Validates, logs, keeps the checkpoint if it is the best so far; of the base (epoch 0) only the figures."""
-    row = {"epoch": run.progress.epoch, "step": run.progress.step} | validate(run)
+    row = {"epoch": run.progress.epoch, "step": run.progress.step} | validation.validate(run)
     run.log.val(row)
     runs.tell_rejected(run)
     figures = run.progress.figures
@@ -190,106 +187,6 @@ def validate_and_keep(run: Run, on_validation: Callable[[dict], None] | None) ->
     if on_validation is not None:
         on_validation(row)
     return row
-
-
-@torch.no_grad()
-def validate(run: Run) -> dict:
-    """Scores of the validation images, the same whatever the number of ranks.
-
-    Batches are the same for any number of ranks, which take them in turn; each image fills its own row of one table.
-    """
-    config, ranks, val = run.config, run.ranks, run.data.val
-    run.ds_engine.eval()
-    starts = range(0, len(val), config.val_batch_size)
-    table = torch.zeros(len(val), len(metrics.thresholds(config.threshold)), 3, dtype=torch.int64, device=ranks.device)
-    seen = torch.zeros(len(val), dtype=torch.int64, device=ranks.device)
-    mine = list(starts[ranks.rank :: ranks.world_size])
-    # A rank without a batch of its own repeats the first: under ZeRO-3 every rank must take part in each forward.
-    mine += [0] * (-(-len(starts) // ranks.world_size) - len(mine))
-    plan = [[Item(pair) for pair in val[start : start + config.val_batch_size]] for start in mine]
-    pictured: dict[str, Tensor] = {}
-    for position, (start, batch) in enumerate(zip(mine, run.features.batches(plan), strict=True)):
-        output = run.ds_engine(batch.prompt, batch.vision, batch.sam2)
-        if position * ranks.world_size + ranks.rank >= len(starts):
-            continue
-        for rows, logits_BHW, truth_BHW in _by_size(output.masks, batch):
-            places = torch.tensor(rows, device=ranks.device) + start
-            table[places] = metrics.counts(logits_BHW, truth_BHW, config.threshold)
-            seen[places] += 1
-            if start == 0:
-                pictured |= _predicted(logits_BHW, batch, rows, config)
-    run.pictures["latest"] = pictured
-    engine.all_reduce_sum(table)
-    assert bool((engine.all_reduce_sum(seen) == 1).all()), "a validation image was counted twice or not at all"
-    row = metrics.summarize(table.cpu(), config.threshold)
-    row |= {"seg_rate": seg_rate(run)} if config.seg_rate_samples else {}
-    engine.settle(run.ds_engine)
-    return row
-
-
-@torch.no_grad()
-def base_masks(run: Run) -> dict[str, np.ndarray]:
-    """The base's masks of the first validation batch, which a resumed run needs for its picture. Collective."""
-    run.ds_engine.eval()
-    items = [Item(pair) for pair in run.data.val[: run.config.val_batch_size]]
-    found: dict[str, np.ndarray] = {}
-    with run.peft_model.disable_adapter():
-        for batch in run.features.batches([items]):
-            output = run.ds_engine(batch.prompt, batch.vision, batch.sam2)
-            for rows, logits_BHW, _ in _by_size(output.masks, batch):
-                found |= _predicted(logits_BHW, batch, rows, run.config)
-    engine.settle(run.ds_engine)
-    return found
-
-
-@torch.no_grad()
-def seg_rate(run: Run) -> float:
-    """How often greedy decoding after the question arrives at [SEG], on a fixed part of the validation images.
-
-    Every rank decodes all of them: it is little work, and no rank waits in a collective alone.
-    """
-    val, preprocess = run.data.val, run.loaded.preprocess
-    count = min(run.config.seg_rate_samples, len(val))
-    chosen = [val[index * len(val) // count] for index in range(count)]
-    arrived = 0
-    for batch in run.features.batches([[Item(pair)] for pair in chosen]):
-        seg_in_answer = preprocess.answer_ids().index(preprocess.seg_token_id)
-        question = batch.prompt.first(int(batch.prompt.seg_position_B) - seg_in_answer)
-        answer = run.loaded.model.generate(question, batch.vision, preprocess.stop_token_ids, MAX_ANSWER_TOKENS)
-        arrived += int((answer == preprocess.seg_token_id).any())
-    return arrived / count
-
-
-@torch.no_grad()
-def validate_directory(checkpoint_directory: Path, model_directory: Path) -> tuple[float, float]:
-    """Validation Dice of a run's checkpoint as the run found it, and of another model on the same images.
-
-    Args:
-        checkpoint_directory: RUN/checkpoint_best or another of a run; its settings and split are used.
-        model_directory: in the published format, for instance the checkpoint merged into its base.
-
-    Raises:
-        UserError: no run around the checkpoint, no validation of it in the run's log, or a wrong model.
-    """
-    checkpoint.check_complete(checkpoint_directory)
-    run_directory = Path(checkpoint_directory).resolve().parent
-    before = provenance.validated_dice(run_directory, checkpoint.read_progress(checkpoint_directory).epoch)
-    config = dataclasses.replace(provenance.settings_of_run(run_directory), model_path=str(model_directory))
-    val = data.load(config, split_file=run_directory / "split.json").val
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    loaded = published.load(config.model_path, dtype=dtype, device=device)
-    frozen = dataclasses.replace(config, lora_scope=("language_model",), train_modules=(), feature_cache="off")
-    features = Features(loaded.model, loaded.preprocess, frozen, device)
-    starts = range(0, len(val), config.val_batch_size)
-    plan = [[Item(pair) for pair in val[start : start + config.val_batch_size]] for start in starts]
-    counted = []
-    for batch in features.batches(plan):
-        output = loaded.model(batch.prompt, batch.vision, batch.sam2)
-        for _, logits_BHW, truth_BHW in _by_size(output.masks, batch):
-            counted.append(metrics.counts(logits_BHW, truth_BHW, config.threshold).cpu())
-    features.close()
-    return before, metrics.summarize(torch.cat(counted), config.threshold)["dice"]
 
 
 def dry_run(config: TrainConfig) -> Result:
@@ -331,27 +228,6 @@ def _epoch_items(run: Run, epoch: int) -> list[Item]:
     wanted = micro_batches * config.batch_size * world_size
     order = (order * -(-wanted // len(order)))[:wanted]  # filled up from the beginning
     return [Item(pairs[index], views[index]) for index in order]
-
-
-def _by_size(masks: Masks, batch: Batch) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Yields the rows of the batch whose masks have one size, with their logits and masks (b, H, W) at that size."""
-    for rows in _rows_by_size(batch):
-        truth_BHW = torch.stack([batch.masks[row] for row in rows])
-        yield rows, upsample(masks.logits_Bhw[rows], tuple(truth_BHW.shape[1:])), truth_BHW
-
-
-def _rows_by_size(batch: Batch) -> list[list[int]]:
-    """Rows of the batch whose masks have one size, together."""
-    rows_of: dict[tuple[int, ...], list[int]] = {}
-    for row, mask in enumerate(batch.masks):
-        rows_of.setdefault(tuple(mask.shape), []).append(row)
-    return list(rows_of.values())
-
-
-def _predicted(logits_BHW: Tensor, batch: Batch, rows: list[int], config: TrainConfig) -> dict[str, np.ndarray]:
-    """Name -> mask at the threshold, of these rows of a batch."""
-    masks_BHW = (logits_BHW.sigmoid() > config.threshold).cpu().numpy()
-    return {batch.items[row].pair.name: mask for row, mask in zip(rows, masks_BHW, strict=True)}
 
 
 def _assert_learning(run: Run, check: lora.GradientCheck) -> None:

@@ -30,6 +30,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none"))
 
 
+@pytest.fixture(scope="module")
+def ranks():
+    """The process as the only rank of a group, which ends with the file."""
+    from sft import engine
+    from sft.config import TrainConfig
+
+    before = dict(os.environ)
+    yield engine.start(TrainConfig(precision="fp32"))
+    engine.shut_down()
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def pytest_unconfigure() -> None:
     if not IS_WORKER:
         shutil.rmtree(os.environ["SA2VA_SFT_CACHE"], ignore_errors=True)

@@ -124,15 +124,6 @@ def failed_write(ranks, folder):
 
 
 @pytest.fixture(scope="module")
-def ranks():
-    before = dict(os.environ)
-    yield engine.start(TrainConfig(precision="fp32"))
-    engine.shut_down()
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(scope="module")
 def pair(ranks, tmp_path_factory):
     """The folder in which two ranks have done their part, and what they printed."""
     if torch.cuda.device_count() == 1:

@@ -14,15 +14,6 @@ from sft.config import DEEPSPEED_CONFIGS, TrainConfig, UserError
 from sft.finite import DivergedError, FiniteWatch
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    before = dict(os.environ)
-    yield engine.start(TrainConfig(precision="fp32"))
-    engine.shut_down()
-    os.environ.clear()
-    os.environ.update(before)
-
-
 def write(directory, keys):
     path = directory / "ds.json"
     path.write_text(keys if isinstance(keys, str) else json.dumps(keys))

@@ -94,6 +94,50 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
     assert needed <= written <= needed + headers
 
 
+def test_a_checkpoint_or_base_that_is_none_is_one_line(base, checkpoint, tmp_path, monkeypatch, capsys):
+    """A run's folder, a folder that is not there, a base cut short, a base that nobody names: no traceback."""
+
+    def said(*words) -> str:
+        monkeypatch.setattr(sys, "argv", ["export.py", "--output", str(tmp_path / "out"), *map(str, words)])
+        assert script.main() == 2
+        return capsys.readouterr().err
+
+    assert "nowhere: no such directory; give a checkpoint" in said("--checkpoint", tmp_path / "nowhere")
+    for kind in ([], ["--adapter_only"]):
+        line = said("--checkpoint", checkpoint.parent, *kind)
+        assert "no adapter_config.json in it; give one of checkpoint_best in it" in line
+    given = ("--checkpoint", checkpoint, "--model_path")
+    assert "nowhere: no such directory; give the base" in said(*given, tmp_path / "nowhere")
+    weights_file = base / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-100])
+    assert "model.safetensors: unreadable safetensors file" in said(*given, base)
+    settings = json.loads((checkpoint / "adapter_config.json").read_text())
+    (checkpoint / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    assert "adapter_config.json: names no base; give --model_path" in said("--checkpoint", checkpoint)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("flag", [("--validate",), ("--dtype", "fp16"), ("--model_path", "base")])
+def test_what_means_nothing_for_an_adapter_alone_is_refused(checkpoint, tmp_path, monkeypatch, capsys, flag):
+    """Asked for and not done is never silent."""
+    words = ["export.py", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), "--adapter_only", *flag]
+    monkeypatch.setattr(sys, "argv", words)
+    assert script.main() == 2 and f"so {flag[0]} means nothing with it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_fp16_cannot_hold_is_refused(tmp_path, checkpoint):
+    """70,000 would become infinite; bf16 and fp32 hold it, and what is infinite already is not the fault of fp16."""
+    small.write(tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["mlp1.0.bias"][0] = 70_000
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"dtype float16: mlp1.0.bias holds 7e\+04, which is beyond 65,504"):
+        export(tmp_path / "base", checkpoint, tmp_path / "out", torch.float16)
+    assert not list(tmp_path.glob("out*"))
+    export(tmp_path / "base", checkpoint, tmp_path / "out", torch.bfloat16)
+
+
 def test_a_base_of_links_becomes_files(base, checkpoint, tmp_path):
     """Hugging Face's cache: snapshots/REVISION/NAME are links to ../../blobs/HASH."""
     sharded(base)

@@ -16,7 +16,8 @@ import toy
 from PIL import Image
 from small_runs import NAMES, only_run, rows, settings
 
-from sft import encoders, engine, feature_store, provenance
+import sft.data
+from sft import encoders, engine, feature_store, provenance, validation
 from sft import train as loop
 from sft.config import TrainConfig, UserError, parse_args
 from sft.encoders import Encoders, Sizes
@@ -65,7 +66,7 @@ def inputs(tmp_path_factory):
 def alone():
     """The process group of these runs ends with the file."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "MAX_ANSWER_TOKENS", FEW_TOKENS)
+        patch.setattr(validation, "MAX_ANSWER_TOKENS", FEW_TOKENS)
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             patch.delenv(name, raising=False)
         yield
@@ -303,7 +304,7 @@ def test_pairs_of_one_image_share_an_entry_and_keep_their_own_masks_and_question
     train(config)
     assert sum(encoded) == len(entries_in(own_cache)) == 5
     features = made(inputs, config)
-    pairs = [loop.data.Pair(name, data / "images" / f"{name}.png", data / "masks" / f"{name}.png") for name in NAMES]
+    pairs = [sft.data.Pair(name, data / "images" / f"{name}.png", data / "masks" / f"{name}.png") for name in NAMES]
     pairs[2] = dataclasses.replace(pairs[2], phrase="thin dark vessels")
     (batch,) = features.batches([[Item(pairs[0]), Item(pairs[2])]])
     features.close()
@@ -326,7 +327,7 @@ def test_an_image_turned_by_its_tag_is_not_the_stored_one(inputs, tmp_path):
     Image.fromarray(np.zeros((128, 96), np.uint8)).save(tmp_path / "turned.png")
     features = made(inputs, settings(inputs, tmp_path))
     items = [
-        Item(loop.data.Pair(name, tmp_path / "image.png", tmp_path / f"{name}.png")) for name in ("stored", "turned")
+        Item(sft.data.Pair(name, tmp_path / "image.png", tmp_path / f"{name}.png")) for name in ("stored", "turned")
     ]
     assert len({features._key(item) for item in items}) == 2
     (batch,) = features.batches([items])
@@ -363,7 +364,7 @@ def test_encoders_that_rest_are_fetched_to_compute_and_put_back(inputs, tmp_path
     parts, moves = features._encoders, []
     parts._move = lambda device: moves.append(str(device)) or 7
     assert parts.rest() == 7
-    pair = loop.data.Pair("v0", *(inputs / "data" / kind / "v0.png" for kind in ("images", "masks")))
+    pair = sft.data.Pair("v0", *(inputs / "data" / kind / "v0.png" for kind in ("images", "masks")))
     list(features.batches([[Item(pair)]]))
     features.close()
     assert moves == ["cpu", "cpu", "cpu"]  # here the device is the CPU, too
@@ -451,19 +452,19 @@ def test_a_dry_run_tells_the_decision_and_leaves_nothing(inputs, tmp_path, capsy
 
 def test_an_unreadable_image_ends_the_filling_with_its_name(inputs, tmp_path, monkeypatch):
     data = small_runs.write_images(tmp_path / "data")
-    check = loop.data._inspect
+    check = sft.data._inspect
 
     def break_one(root, progress=None):
         found = check(root, progress=progress)
         (data / "images" / "v3.png").write_bytes(b"no picture")
         return found
 
-    monkeypatch.setattr(loop.data, "_inspect", break_one)
+    monkeypatch.setattr(sft.data, "_inspect", break_one)
     with pytest.raises(UserError, match=r"v3\.png: cannot be decoded"):
         train(settings(inputs, tmp_path / "out", data_root=str(data)))
     assert list((tmp_path / "out").glob("lora_sft_*")) == []
 
 
 if __name__ == "__main__":
-    loop.MAX_ANSWER_TOKENS = FEW_TOKENS
+    validation.MAX_ANSWER_TOKENS = FEW_TOKENS
     part_two_ranks(*map(Path, sys.argv[1:]))

@@ -24,6 +24,7 @@ LAYERS = (
     ("feature_fill", "pace", "verify"),
     ("features",),
     ("run", "pretrain", "card"),
+    ("validation",),
     ("train",),
     ("benchmark",),
     SCRIPTS,

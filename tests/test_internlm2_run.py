@@ -11,7 +11,8 @@ from small_runs import rows, settings, values
 
 from sft.model import lora
 from sft.model.export import export
-from sft.train import train, validate_directory
+from sft.train import train
+from sft.validation import validate_directory
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tokenizers import processors
 from transformers import LlamaTokenizer
 
 from sft.config import UserError
-from sft.model import published
+from sft.model import published_tokenizer
 from sft.model.internlm2_tokenizer import InternLM2Tokenizer
 from sft.model.preprocess import TEMPLATES, PreprocessInternVL
 
@@ -23,7 +23,7 @@ BOS, EOS = 1, 2
 
 @pytest.mark.parametrize("kind", GOLDEN["kinds"])
 def test_ids_are_those_of_the_published_tokenizer(tmp_path, kind):
-    tokenizer = published._read_tokenizer(write_tokenizer(tmp_path, kind))
+    tokenizer = published_tokenizer.read(write_tokenizer(tmp_path, kind))
     expected = {case["text"]: case.get(kind, case["published"]) for case in GOLDEN["cases"]}
     assert len(expected) > 90 and len(tokenizer) == ROWS
     assert {text: tokenizer.encode(text) for text in expected} == expected
@@ -33,7 +33,7 @@ def test_ids_are_those_of_the_published_tokenizer(tmp_path, kind):
 
 
 def test_the_prompt_begins_with_bos_and_ends_at_seg(tmp_path):
-    tokenizer = published._read_tokenizer(write_tokenizer(tmp_path))
+    tokenizer = published_tokenizer.read(write_tokenizer(tmp_path))
     preprocess = PreprocessInternVL(tokenizer, TEMPLATES["internlm2_chat"], 56, 4, 12, True, sam2_px=128)
     ids = preprocess.prompt(["Please segment  the vessels."], [(1, 2, 2)]).input_ids_BL[0].tolist()
     words = "<|im_start|>user\n<img>" + "<IMG_CONTEXT>" * 4 + "</img>\nPlease segment  the vessels.<|im_end|>\n"
@@ -45,11 +45,11 @@ def test_the_prompt_begins_with_bos_and_ends_at_seg(tmp_path):
 def test_a_tokenizer_json_that_lies_there_changes_nothing(tmp_path):
     """As LlamaTokenizer's fast form leaves it, with `<s>` first, where tokenizer_config.json wants none."""
     write_tokenizer(tmp_path, "no bos, eos")
-    before = published._read_tokenizer(tmp_path)
+    before = published_tokenizer.read(tmp_path)
     backend = LlamaTokenizer.from_pretrained(tmp_path).backend_tokenizer
     backend.post_processor = processors.TemplateProcessing(single="<s>:0 $A:0", special_tokens=[("<s>", BOS)])
     backend.save(str(tmp_path / "tokenizer.json"))
-    after = published._read_tokenizer(tmp_path)
+    after = published_tokenizer.read(tmp_path)
     assert [after.encode(text) for text in ("a", "[SEG] b")] == [before.encode(text) for text in ("a", "[SEG] b")]
     assert after.encode("a")[0] != BOS and after.encode("a")[-1] == EOS
 
@@ -71,7 +71,7 @@ def test_a_directory_without_its_model_or_with_half_of_it_is_one_line(tmp_path):
     file = directory / "tokenizer.model"
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(UserError, match=f"{directory}: its InternLM2Tokenizer cannot be read .*copy the published"):
-        published._read_tokenizer(directory)
+        published_tokenizer.read(directory)
     file.unlink()
     with pytest.raises(UserError, match=f"{directory}: its InternLM2Tokenizer cannot be read .*no tokenizer.model"):
-        published._read_tokenizer(directory)
+        published_tokenizer.read(directory)

@@ -158,7 +158,10 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120.0) -> No
 
 EARLY = {
     "no such model": (["--model_path", "nowhere"], r"model_path nowhere does not exist; expected a downloaded Sa2VA"),
-    "no Sa2VA directory": (["--model_path", str(ROOT / "launch")], r"has no config\.json \(found: benchmark.py, con"),
+    "no Sa2VA directory": (
+        ["--model_path", str(ROOT / "launch")],
+        r"has no config\.json \(found: benchmark.py, con",
+    ),
     "no such data": (["--data_root", "nowhere"], "data_root nowhere is not a directory"),
     "output_dir is a file": (["--output_dir", str(SCRIPT)], r"output_dir .* is a file; name another folder"),
     "out of range": (["--lora_rank", "0"], "lora_rank = 0 is not allowed: integer at least 1"),

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import LlamaTokenizer
 
 from sft.config import UserError
-from sft.model import published
+from sft.model import published_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "internlm2_tokens.json").read_text(encoding="utf-8"))
 
@@ -38,21 +38,21 @@ def write(directory: Path, **changes) -> Path:
 
 @pytest.mark.parametrize("bos", [True, False, None])
 def test_ids_are_those_of_transformers_4(tmp_path, bos):
-    tokenizer = published._read_tokenizer(write(tmp_path, **({} if bos is None else {"add_bos_token": bos})))
+    tokenizer = published_tokenizer.read(write(tmp_path, **({} if bos is None else {"add_bos_token": bos})))
     first = 0 if bos is not False else 1
     expected = {case["text"]: case["published"][first:] for case in GOLDEN["cases"]}
     assert {text: tokenizer.encode(text) for text in expected} == expected
 
 
 def test_eos_goes_by_the_settings(tmp_path):
-    tokenizer = published._read_tokenizer(write(tmp_path, add_eos_token=True))
+    tokenizer = published_tokenizer.read(write(tmp_path, add_eos_token=True))
     assert tokenizer.encode("") == [1, 2]
 
 
 def test_without_tokenizer_json_only_what_is_exact_is_read(tmp_path):
     (write(tmp_path) / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="tokenizer.json: no such file, and without it a tokenizer with legacy true"):
-        published._read_tokenizer(tmp_path)
+        published_tokenizer.read(tmp_path)
     file = tmp_path / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"legacy": False}))
-    assert published._read_tokenizer(tmp_path).encode("Sure, [SEG].<|im_end|>")[-3] == 711
+    assert published_tokenizer.read(tmp_path).encode("Sure, [SEG].<|im_end|>")[-3] == 711

@@ -253,13 +253,41 @@ def test_a_missing_or_surplus_point_embedding_is_a_misfit(directory, rows):
                 tensors[name.format(row)] = torch.zeros(1, 32)
 
     edit_weights(directory, change)
-    assert f"[{len(rows)}, 32] in the file, [4, 32] by config.json" in refused(directory)
+    what = f"1 missing ({name.format(2)})" if 2 not in rows else f"1 left over ({name.format(4)})"
+    assert refused(directory).endswith(f"do not fit config.json: {what}; check the download")
 
 
 def test_a_fused_qkv_of_another_size_is_a_misfit(directory):
     name = "vision_model.encoder.layers.0.attn.qkv.bias"
     edit_weights(directory, lambda tensors: tensors.update({name: torch.zeros(4)}))
-    assert "3 of another shape" in refused(directory)
+    assert f"1 of another shape ({name}: [4] in the file, [96] by config.json)" in refused(directory)
+
+
+SPLIT = {
+    "vision_model.encoder.layers.1.attn.qkv.weight": [96, 32],
+    "grounding_encoder.sam2_model.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": [2, 16],
+    "grounding_encoder.sam2_model.sam_prompt_encoder.point_embeddings.3.weight": [1, 32],
+    "grounding_encoder.sam2_model.no_mem_embed": [1, 1, 32],
+    "language_model.model.layers.1.attention.wqkv.weight": [64, 32],
+    "language_model.model.tok_embeddings.weight": None,
+}
+
+
+@pytest.mark.parametrize(("name", "shape"), SPLIT.items())
+def test_a_tensor_that_is_split_or_renamed_on_the_way_is_listed_as_it_is_in_the_file(tmp_path, name, shape):
+    """Once, by its published name, with the shapes before it is split: missing, too long, left over."""
+    small.write(tmp_path, small.config("InternLM2ForCausalLM"))
+    whole = load_file(tmp_path / "model.safetensors")
+    shape = shape or list(whole[name].shape)
+    edit_weights(tmp_path, lambda tensors: tensors.pop(name))
+    assert f"config.json: 1 missing ({name}); check" in refused(tmp_path)
+    longer = torch.zeros(shape[0] + 1, *shape[1:])
+    edit_weights(tmp_path, lambda tensors: tensors.update({name: longer}))
+    expected = f"1 of another shape ({name}: {list(longer.shape)} in the file, {shape} by config.json); check"
+    assert f"config.json: {expected}" in refused(tmp_path)
+    surplus = name.replace(".1.", ".7.") if ".1." in name else f"{name}.weights"
+    edit_weights(tmp_path, lambda tensors: tensors.update({name: whole[name], surplus: whole[name].clone()}))
+    assert f"config.json: 1 left over ({surplus}); check" in refused(tmp_path)
 
 
 def test_a_directory_that_is_not_there_or_holds_something_else(tmp_path):

@@ -119,6 +119,29 @@ def test_missing_and_left_over_tensors_are_listed(directory):
     assert "1 left over (model.model.language_model.layers.7.mlp.up_proj.weight)" in line
 
 
+def test_the_older_layout_is_listed_in_its_own_names(directory):
+    """What is missing from a file, or too much, is called as the file calls the rest."""
+    small.rename_to_old_layout(directory)
+    tensors = load_file(directory / FILE)
+    del tensors["model.visual.blocks.0.attn.qkv.weight"], tensors["model.model.layers.1.mlp.up_proj.weight"]
+    tensors["model.model.layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)
+    tensors["model.model.norm.weight"] = torch.zeros(31)
+    save_file(tensors, directory / FILE)
+    line = refused(directory)
+    missing = "model.model.layers.1.mlp.up_proj.weight, model.visual.blocks.0.attn.qkv.weight"
+    assert f"2 missing ({missing})" in line
+    assert "1 left over (model.model.layers.7.mlp.up_proj.weight)" in line
+    assert "1 of another shape (model.model.norm.weight: [31] in the file, [32] by config.json)" in line
+
+
+def test_a_tensor_in_both_layouts_is_left_over_once(directory):
+    """The second of two names of one place does not overwrite the first."""
+    tensors = load_file(directory / FILE)
+    tensors["model.model.norm.weight"] = torch.zeros(32)
+    save_file(tensors, directory / FILE)
+    assert "1 left over (model.model." in refused(directory)
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

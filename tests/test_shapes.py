@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from sft.config import UserError
-from sft.model import published, random_weights, shapes
+from sft.model import published, published_tokenizer, random_weights, shapes, weights
 from sft.model.tiny import tokenizer_with
 from sft.train import train
 
@@ -97,7 +97,7 @@ def test_a_random_directory_loads_whole_and_computes_finite_masks(tmp_path, spec
     assert index["metadata"]["total_size"] == total
     assert len(set(index["weight_map"].values())) == len(list(tmp_path.glob("*.safetensors"))) > 1
     loaded = published.load(str(tmp_path), dtype=torch.float32)
-    assert sum(tensor.numel() * 2 for tensor in published.published_state(loaded.model).values()) == total
+    assert sum(tensor.numel() * 2 for tensor in weights.published_state(loaded.model).values()) == total
     tokens, tile_counts, features = small.inputs(loaded.model, 2)
     output = loaded.model(loaded.preprocess.prompt([small.QUESTION, small.LONGER], tile_counts), tokens, features)
     assert output.masks.logits_Bhw.isfinite().all()
@@ -162,7 +162,7 @@ def test_a_random_qwen_directory_loads_asks_and_trains(family, tmp_path, qwen_id
     """Tokenizer, chat template and processor are there: a run of two epochs changes the loss and stays finite."""
     total = write(tmp_path / "model", qwen_ids, settings=small_qwen.config(family))
     loaded = published.load(str(tmp_path / "model"), dtype=torch.float32)
-    assert sum(tensor.numel() * 2 for tensor in published.published_state(loaded.model).values()) == total
+    assert sum(tensor.numel() * 2 for tensor in weights.published_state(loaded.model).values()) == total
     image = loaded.preprocess.vision_input(small_qwen.images(1)[0])
     prompt = loaded.preprocess.prompt([small.QUESTION], [image.layout])
     ids_L = prompt.input_ids_BL[0].tolist()
@@ -186,5 +186,5 @@ def test_a_directory_of_a_published_qwen_shape_has_all_its_parameters(name, tmp_
     width = text["hidden_size"]
     expected = STATED_QWEN[name] * 1e9 + width * text["vocab_size"] + SAM2_PARAMETERS + width * (width + 256)
     assert total / 2 == pytest.approx(expected, rel=0.005)
-    preprocess = published.make_preprocess(shape.config, published._read_tokenizer(tmp_path), tmp_path)
+    preprocess = published.make_preprocess(shape.config, published_tokenizer.read(tmp_path), tmp_path)
     assert preprocess.image_token_id == shape.config["image_token_id"]

@@ -24,7 +24,8 @@ import torch
 import toy
 from small_runs import only_run, rows, settings, values
 
-from sft import checkpoint, engine, losses, metrics, provenance, synthetic
+import sft.data
+from sft import checkpoint, engine, losses, metrics, provenance, synthetic, validation
 from sft import run as runs
 from sft import train as loop
 from sft.config import TrainConfig, UserError
@@ -34,7 +35,8 @@ from sft.model import lora, published
 from sft.model.export import export
 from sft.model.sa2va import upsample
 from sft.model.sa2va_internvl import Sa2VAInternVL
-from sft.train import train, validate_directory
+from sft.train import train
+from sft.validation import validate_directory
 
 # Everything at once that could make a continued run differ: random numbers, accumulation, views, recomputation.
 RESTLESS = {"lora_dropout": 0.3, "gradient_accumulation_steps": 2, "batch_size": 1, "augment": True, "num_epochs": 3}
@@ -112,7 +114,7 @@ def alone():
     """The process group of these runs, and the environment it is described in, end with the file."""
     before = dict(os.environ)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "MAX_ANSWER_TOKENS", FEW_TOKENS)
+        patch.setattr(validation, "MAX_ANSWER_TOKENS", FEW_TOKENS)
         yield
     engine.shut_down()
     os.environ.clear()
@@ -488,7 +490,7 @@ def validation_dice(config, directory):
     lora.load_adapter(peft_model, directory)
     features = Features(loaded.model, loaded.preprocess, config, torch.device("cpu"))
     names = [Path(config.data_root) / "images" / f"{name}.png" for name in ("v1", "v4")]
-    pairs = [loop.data.Pair(path.stem, path, path.parent.parent / "masks" / path.name) for path in names]
+    pairs = [sft.data.Pair(path.stem, path, path.parent.parent / "masks" / path.name) for path in names]
     counted = []
     with torch.no_grad():
         for batch in features.batches([[Item(pair)] for pair in pairs]):
@@ -616,12 +618,12 @@ def test_seg_rate_decodes_after_the_question_alone(inputs, tmp_path, monkeypatch
     assert len(asked) == 2 * len(json.loads((result.directory / "split.json").read_text())["val"]) == 8
     for ids, tokens, most in asked:
         question = loaded.preprocess.question_ids(settings(inputs, "out").question, (1, 1, tokens))
-        assert ids.tolist() == [question] and most == loop.MAX_ANSWER_TOKENS
+        assert ids.tolist() == [question] and most == validation.MAX_ANSWER_TOKENS
 
 
 def test_a_falling_seg_rate_is_warned_about(inputs, tmp_path, monkeypatch):
     rates = iter([0.75, 0.75, 0.25])
-    monkeypatch.setattr(loop, "seg_rate", lambda run: next(rates))
+    monkeypatch.setattr(validation, "seg_rate", lambda run: next(rates))
     train(settings(inputs, tmp_path))
     warned = [line for line in (tmp_path / "training.log").read_text().splitlines() if line.startswith("warning: seg")]
     assert len(warned) == 1 and "fell from 0.75 to 0.25" in warned[0] and "--text_weight" in warned[0]
@@ -878,5 +880,5 @@ def test_embedded_base_learns_what_it_learned_when_this_was_written(tmp_path):
 
 
 if __name__ == "__main__":
-    loop.MAX_ANSWER_TOKENS = FEW_TOKENS
+    validation.MAX_ANSWER_TOKENS = FEW_TOKENS
     {"ranks": part_ranks, "killed": part_killed}[sys.argv[1]](*map(Path, sys.argv[2:]))

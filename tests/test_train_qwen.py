@@ -16,7 +16,8 @@ from sft.features import Features, Item
 from sft.model import lora, published
 from sft.model.export import export
 from sft.model.preprocess_qwen import PreprocessQwen
-from sft.train import train, validate_directory
+from sft.train import train
+from sft.validation import validate_directory
 
 
 @pytest.fixture(params=small.FAMILIES, scope="module")

@@ -270,6 +270,9 @@ def test_the_files_that_will_run_are_named(checkpoint, tmp_path):
     config.write_text("{}")
     with pytest.raises(UserError, match="no auto_map"):
         remote_files(tmp_path)
+    config.write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
+        remote_files(tmp_path)
     config.write_text('{"auto_map": {"AutoModel": "someone/model--modeling_own.Own"}}')
     with pytest.raises(UserError, match="outside of the directory"):
         remote_files(tmp_path)

@@ -82,9 +82,7 @@ class Decoder:
         recomputed = self.recomputed_layers if self.text_model.training and torch.is_grad_enabled() else 0
         deepstack = [] if deepstack_KBLC is None else deepstack_KBLC
         for number, layer in enumerate(layers[:-1]):
-            run = (
-                functools.partial(checkpoint, self._layer, use_reentrant=False) if number < recomputed else self._layer
-            )
+            run = _recomputed(self._layer) if number < recomputed else self._layer
             states_BLC = run(layer, states_BLC, masks[number], cos, sin)
             if number < len(deepstack):
                 states_BLC = states_BLC + deepstack[number]

@@ -1,7 +1,7 @@
 """An adapter put back into the published directory: every weight under its published name, all other files unchanged.
 
 Takes a published directory and a checkpoint of a run, gives a new directory; works on tensors and names alone, shard by
-shard, so that memory holds one tensor at a time and no model is built. Does not know training.
+shard, so that memory holds one shard at a time and no model is built. Does not know training.
 """
 
 import json
@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sft.config import UserError
 from sft.model.key_map import newer_layout
 from sft.model.lora import ADAPTER_CONFIG, read_adapter
-from sft.model.weights import FILE, INDEX, read_json, weight_files
+from sft.model.published_json import read_json
+from sft.model.shards import opened
+from sft.model.weights import FILE, INDEX, weight_files
 
 _PREFIX = "base_model.model."
 # Weights beside those that are merged, in whatever format, and what download tools leave.
@@ -68,6 +69,8 @@ def export(
     """
     _check_place(output, base, checkpoint)
     change = _Change(checkpoint)
+    if not base.is_dir():
+        raise UserError(f"model_path {base}: no such directory; give the base that the adapter was trained on")
     shards = weight_files(base)
     others, left_out = _other_files(base, {shard.name for shard in shards})
     _check_space(output, shards, others, dtype)
@@ -101,15 +104,24 @@ def export_adapter(checkpoint: Path, output: Path) -> None:
         UserError: output exists or lies inside the checkpoint, or the checkpoint holds no adapter.
     """
     _check_place(output, checkpoint, checkpoint)
+    _adapter_settings(checkpoint)
     read_adapter(checkpoint)
     shutil.copytree(checkpoint, output, ignore=shutil.ignore_patterns("training_state.pt", "checkpoint.json"))
+
+
+def base_of(checkpoint: Path) -> str:
+    """The model_path that a checkpoint's adapter was trained on, by its adapter_config.json."""
+    named = _adapter_settings(checkpoint).get("base_model_name_or_path")
+    if not named:
+        raise UserError(f"{checkpoint / ADAPTER_CONFIG}: names no base; give --model_path")
+    return named
 
 
 class _Change:
     """What an adapter does to the tensors of its base, by published name."""
 
     def __init__(self, checkpoint: Path):
-        config = read_json(checkpoint / ADAPTER_CONFIG)
+        config = _adapter_settings(checkpoint)
         self.checkpoint = checkpoint
         self.settings = config
         other = [name for name in ("use_rslora", "use_dora") if config.get(name)]
@@ -167,6 +179,16 @@ class _Change:
             )
 
 
+def _adapter_settings(checkpoint: Path) -> dict:
+    if not checkpoint.is_dir():
+        raise UserError(f"checkpoint {checkpoint}: no such directory; give a checkpoint directory of a run")
+    if not (checkpoint / ADAPTER_CONFIG).is_file():
+        inside = ", ".join(sorted(path.parent.name for path in checkpoint.glob(f"*/{ADAPTER_CONFIG}")))
+        hint = f"give one of {inside} in it" if inside else "give a checkpoint directory of a run"
+        raise UserError(f"checkpoint {checkpoint}: no {ADAPTER_CONFIG} in it; {hint}")
+    return read_json(checkpoint / ADAPTER_CONFIG)
+
+
 def _check_place(output: Path, base: Path, checkpoint: Path) -> None:
     for kind, folder in (("base", base), ("checkpoint", checkpoint)):
         if output.resolve().is_relative_to(folder.resolve()):
@@ -202,9 +224,9 @@ def _check_space(output: Path, shards: list[Path], others: list[Path], dtype: to
 def _bytes_of(shard: Path, dtype: torch.dtype | None) -> int:
     """Of a shard when its floating-point tensors have this dtype, by its header alone."""
     total = 0
-    with safe_open(shard, framework="pt") as opened:
-        for name in opened.keys():  # noqa: SIM118 - an open shard is no mapping
-            part = opened.get_slice(name)
+    with opened(shard) as file:
+        for name in file.keys():  # noqa: SIM118 - an open shard is no mapping
+            part = file.get_slice(name)
             kind = part.get_dtype()  # F32, BF16, F8_E4M3, I64, BOOL
             bits = int(re.search(r"\d+", kind)[0]) if kind != "BOOL" else 8
             width = dtype.itemsize if dtype is not None and kind.startswith(("F", "BF")) else bits // 8
@@ -214,15 +236,26 @@ def _bytes_of(shard: Path, dtype: torch.dtype | None) -> int:
 
 def _write_shard(source: Path, target: Path, change: _Change, dtype: torch.dtype | None) -> tuple[list[str], int]:
     tensors = {}
-    with safe_open(source, framework="pt") as shard:
+    with opened(source) as shard:
         metadata = shard.metadata()
         for name in shard.keys():  # noqa: SIM118 - an open shard is no mapping
             tensor = change.apply(name, shard.get_tensor(name))
-            tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            if dtype is not None and tensor.is_floating_point():
+                tensor = _converted(name, tensor, dtype)
             tensors[name] = tensor.contiguous()
             change.dtypes.add(tensor.dtype)
     save_file(tensors, target, metadata=metadata)
     return list(tensors), sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    converted = tensor.to(dtype)
+    if converted.isinf().sum() > tensor.isinf().sum():
+        raise UserError(
+            f"dtype {str(dtype).removeprefix('torch.')}: {name} holds {tensor.abs().max():.3g}, which is beyond "
+            f"{torch.finfo(dtype).max:,.0f}, the largest number of that type; give --dtype bf16 or fp32"
+        )
+    return converted
 
 
 def _update_index(work: Path, size: int) -> None:
@@ -236,9 +269,9 @@ def _update_index(work: Path, size: int) -> None:
 def _check_readable(work: Path, shards: list[Path]) -> None:
     """Re-reads names and shapes of what was written against its source."""
     for shard in shards:
-        with safe_open(shard, framework="pt") as before, safe_open(work / shard.name, framework="pt") as after:
+        with opened(shard) as before, opened(work / shard.name) as after:
             assert list(before.keys()) == list(after.keys()), f"{shard.name}: written with other tensors"
             for name in before.keys():  # noqa: SIM118
-                shapes = [opened.get_slice(name).get_shape() for opened in (before, after)]
+                shapes = [file.get_slice(name).get_shape() for file in (before, after)]
                 assert shapes[0] == shapes[1], f"{shard.name}: {name} written with another shape"
     assert (work / FILE).is_file() or (work / INDEX).is_file()

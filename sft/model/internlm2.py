@@ -127,15 +127,11 @@ def published_name(name: str) -> str:
 
 
 def to_native(name: str, tensor: Tensor, heads: Heads) -> dict[str, Tensor]:
-    """One published tensor -> the native tensors it fills.
-
-    A wqkv whose rows these heads do not make is given whole for each of its parts, to be found misshapen.
-    """
+    """One published tensor -> the native tensors it fills."""
     if not (fused := _WQKV.match(name)):
         return {native_name(name): tensor}
     layer, kind = fused.groups()
-    fits = tensor.shape[0] == heads.rows
-    parts = {part: tensor[heads.rows_of(part).to(tensor.device)] if fits else tensor for part in "qkv"}
+    parts = {part: tensor[heads.rows_of(part).to(tensor.device)] for part in "qkv"}
     return {f"{layer}self_attn.{part}_proj.{kind}": one for part, one in parts.items()}
 
 

@@ -31,6 +31,10 @@ _OLD_QWEN = (
     (re.compile(r"^model\.visual\b"), "model.model.visual"),
     (re.compile(r"^model\.model\.(layers|embed_tokens|norm)\b"), r"model.model.language_model.\1"),
 )
+_NEW_QWEN = (
+    (re.compile(r"^model\.model\.visual\b"), "model.visual"),
+    (re.compile(r"^model\.model\.language_model\."), "model.model."),
+)
 
 # Weights of SAM2's video memory; images never reach them.
 VIDEO_ONLY = re.compile(
@@ -104,6 +108,13 @@ def newer_layout(name: str) -> str:
     return name
 
 
+def older_layout(name: str) -> str:
+    """What transformers 4.49 called a tensor of the Qwen-VL families; others stay as they are."""
+    for newer, old in _NEW_QWEN:
+        name = newer.sub(old, name)
+    return name
+
+
 def to_native(name: str, tensor: Tensor, heads: Heads | None = None) -> dict[str, Tensor]:
     """One published tensor -> the native tensors it fills: none for video memory, several where it is split.
 
@@ -117,18 +128,18 @@ def to_native(name: str, tensor: Tensor, heads: Heads | None = None) -> dict[str
     if fused := _QKV_PUBLISHED.match(name):
         layer, kind = fused.groups()
         prefix = f"vision_model.encoder.layer.{layer}.attention."
-        parts = zip("qkv", tensor.tensor_split(3), strict=True)  # chunk(3) of 4 rows would give two
+        parts = zip("qkv", tensor.tensor_split(3), strict=True)
         return {f"{prefix}{which}_proj.{kind}": part for which, part in parts}
     if name == _GAUSSIAN_PUBLISHED:
         return {native: tensor.clone() for native in _GAUSSIAN_NATIVE}
     if name.startswith(_POINT_PUBLISHED):
         row = name.removeprefix(_POINT_PUBLISHED).removesuffix(".weight")
         return {f"{_POINT_NATIVE}[{row}]": tensor}
-    return {native_name(name): tensor.reshape(1, 1, -1) if name == f"{SAM2}no_mem_embed" else tensor}
+    return {native_name(name): tensor}
 
 
 def join_rows(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The row entries of `to_native`, all collected -> the whole tensors; fewer rows give a lower tensor."""
+    """The row entries of `to_native`, all collected -> the whole tensors."""
     return {_POINT_NATIVE: torch.cat([rows[name] for name in sorted(rows)])} if rows else {}
 
 

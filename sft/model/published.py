@@ -4,7 +4,6 @@ A directory is data: nothing in it is run. Gives a native `Sa2VA` and its `Prepr
 """
 
 import contextlib
-import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import (
     InternVLVisionConfig,
     LlamaConfig,
@@ -24,7 +22,7 @@ from transformers import (
 )
 
 from sft.config import UserError
-from sft.model import internlm2, key_map, phi3, preprocess_qwen, published_qwen, weights
+from sft.model import internlm2, phi3, preprocess_qwen, published_qwen, published_tokenizer, weights
 from sft.model.preprocess import (
     IMAGE_END,
     IMAGE_START,
@@ -34,6 +32,7 @@ from sft.model.preprocess import (
     Preprocess,
     PreprocessInternVL,
 )
+from sft.model.published_json import read_json
 from sft.model.published_qwen import HOW_TO_RUN, REFUSED
 from sft.model.sa2va import Sa2VA
 from sft.model.sa2va_internvl import Sa2VAInternVL, Sa2VASettings
@@ -89,7 +88,7 @@ def load(model_path: str, *, dtype: torch.dtype = torch.bfloat16, device: str | 
     directory = resolve(model_path)
     config = read_config(directory)
     with contextlib.closing(weights.begin(directory, dtype, torch.device(device))) as tensors:
-        preprocess = make_preprocess(config, _read_tokenizer(directory), directory)
+        preprocess = make_preprocess(config, published_tokenizer.read(directory), directory)
         with init_empty_weights(include_buffers=False):
             model = build(config, preprocess.image_token_id, directory)
         weights.fill(model, directory, tensors, dtype, torch.device(device))
@@ -104,7 +103,7 @@ def read_config(directory: Path) -> dict:
     if not file.is_file():
         found = ", ".join(sorted(path.name for path in directory.iterdir())[:8]) or "nothing"
         raise UserError(f"model_path {directory}: not a Sa2VA directory, no config.json in it (found {found})")
-    config = weights.read_json(file)
+    config = read_json(file)
     if config.get("model_type") != "sa2va_chat":
         raise UserError(
             f"{file}: model_type is {config.get('model_type')!r}, expected 'sa2va_chat'; give a Sa2VA checkpoint"
@@ -147,7 +146,7 @@ def make_preprocess(config: dict, tokenizer: PreTrainedTokenizerBase, directory:
     sam2_px = _sam2_config(config).prompt_encoder_config.image_size
     if _is_qwen_vl(config):
         text = published_qwen.model_config(config, directory / "config.json").text_config
-        _check_words(tokenizer, _QWEN_WORDS, text.vocab_size, directory)
+        published_tokenizer.check_words(tokenizer, _QWEN_WORDS, text.vocab_size, directory)
         return published_qwen.make_preprocess(config, tokenizer, sam2_px, directory)
     vision = config["vision_config"]
     tile_px = config.get("force_image_size") or vision.get("image_size", 224)
@@ -158,7 +157,7 @@ def make_preprocess(config: dict, tokenizer: PreTrainedTokenizerBase, directory:
         )
     words = (SEG_TOKEN, IMAGE_TOKEN, IMAGE_START, IMAGE_END, TEMPLATES[name].end)
     rows = _language_config(config["llm_config"], directory / "config.json").vocab_size
-    _check_words(tokenizer, words, rows, directory)
+    published_tokenizer.check_words(tokenizer, words, rows, directory)
     return PreprocessInternVL(
         tokenizer=tokenizer,
         template=TEMPLATES[name],
@@ -181,21 +180,13 @@ def save(
 ) -> int:
     """Writes a complete published directory (one safetensors file); returns the bytes of the weights."""
     directory.mkdir(parents=True, exist_ok=True)
-    published = {name: tensor.to(dtype).contiguous().clone() for name, tensor in published_state(model).items()}
+    published = {name: tensor.to(dtype).contiguous().clone() for name, tensor in weights.published_state(model).items()}
     save_file(published, directory / weights.FILE, metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(directory)
     if _is_qwen_vl(config):
         published_qwen.write_processor(directory, config)
     return (directory / weights.FILE).stat().st_size
-
-
-def published_state(model: Sa2VA) -> dict[str, Tensor]:
-    """All weights under their published names and in their published shapes; a tied head is absent."""
-    state = dict(model.state_dict())
-    if model.tied_head:
-        state.pop(model.tied_head, None)
-    return key_map.to_published(state, internlm2.heads_of(model.decoder.config))
 
 
 def _is_qwen_vl(config: dict) -> bool:
@@ -265,56 +256,6 @@ def _language_config(published: dict, file: Path) -> PreTrainedConfig:
 
 def _sam2_config(config: dict) -> Sam2Config:
     return Sam2Config(**config.get("native", {}).get("sam2_config", _SAM2_HIERA_LARGE))
-
-
-def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The concrete tokenizer class: AutoTokenizer would ask on the terminal whether to run the directory's code."""
-    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
-
-    from sft.model import internlm2_tokenizer, llama_tokenizer
-
-    file = directory / "tokenizer_config.json"
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; copy the published model's tokenizer files there")
-    settings = weights.read_json(file)
-    name = settings.get("tokenizer_class") or ""
-    match name.removesuffix("Fast"):
-        case "Qwen2Tokenizer":
-            read = Qwen2Tokenizer.from_pretrained
-        case "LlamaTokenizer":
-            read = functools.partial(llama_tokenizer.read, settings=settings)
-        case "PreTrainedTokenizer" | "TokenizersBackend":
-            read = PreTrainedTokenizerFast.from_pretrained
-        case "InternLM2Tokenizer":
-            read = functools.partial(internlm2_tokenizer.read, settings=settings)
-        case _:
-            raise UserError(
-                f"{file}: tokenizer_class {name!r} is not supported yet; supported: Qwen2Tokenizer, LlamaTokenizer, "
-                "InternLM2Tokenizer, PreTrainedTokenizerFast"
-            )
-    try:
-        return read(directory)
-    except UserError:
-        raise
-    except Exception as error:  # the tokenizers package raises bare Exception on a broken file
-        raise UserError(
-            f"{directory}: its {name} cannot be read ({_one_line(error)}); copy the published tokenizer files again"
-        ) from error
-
-
-def _check_words(tokenizer: PreTrainedTokenizerBase, needed: tuple[str, ...], rows: int, directory: Path) -> None:
-    vocabulary = tokenizer.get_vocab()
-    absent = [token for token in needed if token not in vocabulary]
-    if absent:
-        raise UserError(
-            f"{directory}: the tokenizer lacks {', '.join(absent)}; this is not a Sa2VA checkpoint's tokenizer"
-        )
-    beyond = [token for token in needed if vocabulary[token] >= rows]
-    if beyond:
-        raise UserError(
-            f"{directory}: the tokenizer numbers {', '.join(beyond)} beyond the {rows} words of config.json; "
-            "tokenizer and model are not of one checkpoint"
-        )
 
 
 def _one_line(error: Exception) -> str:

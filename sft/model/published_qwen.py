@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen3VLConfi
 
 from sft.config import UserError
 from sft.model.preprocess_qwen import PreprocessQwen
-from sft.model.weights import read_json
+from sft.model.published_json import read_json
 
 Family = Literal["qwen2_5_vl", "qwen3_vl"]
 # What transformers raises on settings that make no model.

@@ -88,7 +88,7 @@ def _empty_tensors(directory: Path, image_token_id: int) -> dict[str, Tensor]:
     config = published.read_config(directory)
     with init_empty_weights(include_buffers=False):
         model = published.build(config, image_token_id, directory)
-    return {name: tensor.to("meta") for name, tensor in published.published_state(model).items()}
+    return {name: tensor.to("meta") for name, tensor in weights.published_state(model).items()}
 
 
 def _cut(tensors: dict[str, Tensor], shard_bytes: int) -> list[list[str]]:

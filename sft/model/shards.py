@@ -69,6 +69,16 @@ def begin(files: list[Path], dtype: torch.dtype, device: torch.device) -> Tensor
     return _begun(_mapped(files) if device.type == "cpu" else _staged(files, dtype, device))
 
 
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator[safe_open]:
+    """An open safetensors file; a UserError if it is none, or not whole."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            yield shard
+    except SafetensorError as error:
+        raise UserError(f"{file}: unreadable safetensors file ({error}); download it again") from error
+
+
 def _begun(found: Generator) -> Generator:
     """A generator that has gone to its first item, which it does not keep when that is handed out."""
 
@@ -87,7 +97,7 @@ def _begun(found: Generator) -> Generator:
 
 def _mapped(files: list[Path]) -> Tensors:
     for file in files:
-        with _opened(file) as shard:
+        with opened(file) as shard:
             for name in shard.keys():  # noqa: SIM118 - an open shard is no mapping
                 yield name, shard.get_tensor(name)
 
@@ -101,26 +111,17 @@ def _staged(files: list[Path], dtype: torch.dtype, device: torch.device) -> Tens
             yield from _tensors_of(file, dtype, device, readers, buffers)
 
 
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(file, framework="pt") as shard:
-            yield shard
-    except SafetensorError as error:
-        raise UserError(f"{file}: unreadable safetensors file ({error}); download it again") from error
-
-
 def _tensors_of(
     file: Path, dtype: torch.dtype, device: torch.device, readers: ThreadPoolExecutor, buffers: SimpleQueue
 ) -> Tensors:
     waiting: deque[tuple[_Entry, Tensor, list[Future]]] = deque()
     ahead = 0  # bytes of those waiting that will not stay
-    with open(file, "rb", buffering=0) as opened, _all_ended(waiting):
+    with open(file, "rb", buffering=0) as raw, _all_ended(waiting):
         for entry in _entries(file):
             bytes_N = torch.empty(entry.bytes, dtype=torch.uint8, device=device)
             starts = range(0, entry.bytes, CHUNK_BYTES)
             parts = [(bytes_N[start : start + CHUNK_BYTES], entry.begin + start) for start in starts]
-            reads = [readers.submit(_read, opened.fileno(), *part, file, buffers) for part in parts]
+            reads = [readers.submit(_read, raw.fileno(), *part, file, buffers) for part in parts]
             waiting.append((entry, bytes_N, reads))
             ahead += _passing(entry, dtype)
             del bytes_N, parts
@@ -149,11 +150,11 @@ def _passing(entry: _Entry, dtype: torch.dtype) -> int:
 
 def _entries(file: Path) -> list[_Entry]:
     """The header, in the order of the bytes; the safetensors package says whether it is whole."""
-    with _opened(file):
+    with opened(file):
         pass
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
+    with open(file, "rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(length))
     entries = []
     for name, described in header.items():
         if name == "__metadata__":

@@ -3,7 +3,6 @@
 Takes a directory with one file or with shards and their index. It does not know what config.json means.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from sft.config import UserError
 from sft.model import internlm2, key_map, shards
+from sft.model.published_json import read_json
 from sft.model.sa2va import Sa2VA
 
 INDEX, FILE = "model.safetensors.index.json", "model.safetensors"
@@ -36,53 +36,43 @@ def fill(model: Sa2VA, directory: Path, tensors: shards.Tensors, dtype: torch.dt
         device: where the tensors are, and the model is to be.
 
     Raises:
-        UserError: tensors missing, left over or of another shape, listed.
+        UserError: tensors missing, left over or of another shape, listed by the names and shapes that the files have.
     """
-    kept = model.state_dict().keys()
-    wanted = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in kept}
     heads = internlm2.heads_of(model.decoder.config)
-    if model.tied_head:
-        wanted.pop(model.tied_head, None)
+    tied_head = key_map.published_name(model.tied_head, heads) if model.tied_head else None
+    wanted = {name: list(tensor.shape) for name, tensor in published_state(model).items()}
     rows: dict[str, Tensor] = {}
-    left_over, misshapen = [], []
-
-    def place(name: str, tensor: Tensor) -> None:
-        if "[" in name:
-            rows[name] = tensor
-        elif name not in wanted:
-            left_over.append(key_map.published_name(name, heads))
-        elif wanted[name].shape != tensor.shape:
-            expected = list(wanted.pop(name).shape)
-            shapes = f"{list(tensor.shape)} in the file, {expected} by config.json"
-            misshapen.append(f"{key_map.published_name(name, heads)}: {shapes}")
+    left_over, misshapen, in_old_layout = [], [], False
+    for name, tensor in tensors:
+        newer = key_map.newer_layout(name)
+        in_old_layout |= newer != name
+        if newer == tied_head or key_map.VIDEO_ONLY.match(name):
+            continue  # from_pretrained ties a head to the embeddings whatever the file holds
+        expected, found = wanted.pop(newer, None), list(tensor.shape)
+        if expected is None:
+            left_over.append(name)
+        elif expected != found:
+            misshapen.append(f"{name}: {found} in the file, {expected} by config.json")
         else:
-            _assign(model, name, tensor.to(device=device, dtype=dtype))
-            del wanted[name]
-
-    for published, tensor in tensors:
-        if model.tied_head and key_map.native_name(published, heads) == model.tied_head:
-            continue  # from_pretrained ties it to the embeddings whatever the file holds
-        for name, part in key_map.to_native(published, tensor, heads).items():
-            place(name, part)
-    for name, whole in key_map.join_rows(rows).items():
-        place(name, whole)
-    missing = sorted({key_map.published_name(name, heads) for name in wanted})
+            for native, part in key_map.to_native(newer, tensor, heads).items():
+                part = part.to(device=device, dtype=dtype)
+                rows.update({native: part}) if "[" in native else _assign(model, native, part)
+    missing = sorted(map(key_map.older_layout, wanted) if in_old_layout else wanted)
     _report_mismatch(directory, missing, left_over, misshapen)
+    for native, whole in key_map.join_rows(rows).items():
+        _assign(model, native, whole)
     model.tie_head()
     for buffer_owner in model.modules():  # buffers outside the state dict (rotary frequencies) were made on the CPU
         for name in buffer_owner._non_persistent_buffers_set:
             buffer_owner._buffers[name] = buffer_owner._buffers[name].to(device)
 
 
-def read_json(file: Path) -> dict:
-    """A published JSON file; a UserError if it is none or holds no settings by name."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid JSON ({error}); copy the file from the published model again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: holds no settings by name; copy the file from the published model again")
-    return content
+def published_state(model: Sa2VA) -> dict[str, Tensor]:
+    """All weights under their published names and in their published shapes; a tied head is absent."""
+    state = dict(model.state_dict())
+    if model.tied_head:
+        state.pop(model.tied_head, None)
+    return key_map.to_published(state, internlm2.heads_of(model.decoder.config))
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from sft.config import UserError
+from sft.model.published_json import read_json
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SCRIPT = CHECKOUT / "launch" / "published_side.py"
@@ -27,6 +28,7 @@ NEEDED = ("torch", "torchvision", "transformers", "timm", "einops", "peft", "qwe
 PATIENCE_S = 60
 SHOWN_LINES = 12
 _JSONS_WITH_CODE = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+_FILES = {"image": "image.npy", "arrays": "arrays.npz", "words": "words.json"}
 _PROBE = f"""
 import importlib.util, importlib.metadata, sys
 missing = [name for name in {NEEDED!r} if importlib.util.find_spec(name) is None]
@@ -53,7 +55,7 @@ def remote_files(directory: Path) -> list[Path]:
     named: set[str] = set()
     for name in _JSONS_WITH_CODE:
         if (directory / name).is_file():
-            named |= set(_strings(json.loads((directory / name).read_text(encoding="utf-8")).get("auto_map") or {}))
+            named |= set(_strings(read_json(directory / name).get("auto_map") or {}))
     if not named:
         raise UserError(
             f"{directory / 'config.json'}: has no auto_map, so the directory names no code of its own; copy it and the "
@@ -162,9 +164,6 @@ def run_published(
             arrays = dict(stored)
         words = json.loads(Path(files["words"]).read_text(encoding="utf-8"))
     return PublishedSide(arrays, words["answer"], words["versions"], words["device"])
-
-
-_FILES = {"image": "image.npy", "arrays": "arrays.npz", "words": "words.json"}
 
 
 def _strings(value: object) -> list[str]:

@@ -16,7 +16,7 @@ import small_runs
 import torch
 from PIL import Image
 
-from sft import benchmark, train
+from sft import benchmark, data, train
 from sft import run as runs
 from sft.benchmark import inputs as benchmark_inputs
 from sft.benchmark import plain
@@ -85,7 +85,7 @@ def test_the_plain_loop_and_ours_compute_the_same_loss_and_gradients(config, tmp
 def test_the_plain_loop_learns_and_recomputes_its_layers(config):
     """Checkpointing is part of what it stands for: each layer runs twice a step."""
     loop, calls = plain.PlainLoop(config, CPU), []
-    (inputs,) = [plain.read(pair, loop.preprocess, config) for pair in train.data.load(config).train[:1]]
+    (inputs,) = [plain.read(pair, loop.preprocess, config) for pair in data.load(config).train[:1]]
     loop.model.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     first, *_, last = [float(loop.step(inputs)) for _ in range(6)]
     assert last < first and len(calls) == 12

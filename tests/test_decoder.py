@@ -66,6 +66,15 @@ def test_states_are_those_of_transformers(name):
     torch.testing.assert_close(model.norm(Decoder(model)(inputs, READ_BR)), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_the_last_layer_keeps_what_phi3_adds_to_it():
+    """Phi3 drops out of both of a layer's sums; with the same random numbers the states are transformers' own."""
+    model = build(Phi3Model, Phi3Config(**SIZES, resid_pdrop=0.5)).train()
+    torch.manual_seed(4)
+    expected = model(inputs_embeds=embeddings(), use_cache=False).last_hidden_state[ROWS, READ_BR]
+    torch.manual_seed(4)
+    torch.testing.assert_close(model.norm(Decoder(model)(embeddings(), READ_BR)), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_three_dimensional_positions_reach_the_rotary_embedding():
     """Qwen2.5-VL counts time, height and width: dropping them would turn every image by a little."""
     config = Qwen2_5_VLTextConfig(**SIZES, rope_parameters=ROPE | {"mrope_section": [1, 1, 2]})

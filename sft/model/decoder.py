@@ -144,9 +144,11 @@ def _end(
     layer: nn.Module, states_BLC: Tensor, read_BR: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor
 ) -> Tensor:
     """The last layer: attention looks at all positions, but the MLP runs where the state is read and nowhere else."""
+    rows_B1 = torch.arange(len(states_BLC), device=states_BLC.device)[:, None]
+    if hasattr(layer, "resid_attn_dropout"):  # Phi3's layer does more than add
+        return _layer(layer, states_BLC, mask, cos, sin)[rows_B1, read_BR]
     attended_BLC, _ = layer.self_attn(
         hidden_states=layer.input_layernorm(states_BLC), attention_mask=mask, position_embeddings=(cos, sin)
     )
-    rows_B1 = torch.arange(len(states_BLC), device=states_BLC.device)[:, None]
     read_BRC = states_BLC[rows_B1, read_BR] + attended_BLC[rows_B1, read_BR]
     return read_BRC + layer.mlp(layer.post_attention_layernorm(read_BRC))

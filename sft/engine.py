@@ -440,14 +440,16 @@ def _create_optimizer_state(ds_engine: Engine) -> None:
 
 
 def _forget_gradients_after_step(ds_engine: Engine) -> None:
-    """Clears the gradient buffers that DeepSpeed keeps between steps under ZeRO-3 and under offload.
+    """Clears the gradient buffers that DeepSpeed keeps between steps under ZeRO-3.
 
-    There (0.19.8) a parameter without a gradient would be updated with the gradient of an earlier step.
+    There (0.19.8) a parameter without a gradient would be updated with the gradient of an earlier step. A vector has
+    one in every step.
     """
+    if ds_engine.vectors:
+        return
     zero = ds_engine.deepspeed.optimizer
     kept = [flat.grad for flat in _flat_masters(ds_engine) if flat.grad is not None]
-    if ds_engine.deepspeed.zero_optimization_stage() == 3:
-        kept.append(zero.grad_partitions_flat_buffer)
+    kept.append(zero.grad_partitions_flat_buffer)
     step = zero.step
 
     def step_then_forget(*arguments: Any, **keywords: Any) -> None:
@@ -455,8 +457,7 @@ def _forget_gradients_after_step(ds_engine: Engine) -> None:
         for gradients in kept:
             gradients.zero_()
 
-    if kept:
-        zero.step = step_then_forget
+    zero.step = step_then_forget
 
 
 def _clip_without_waiting(ds_engine: Engine, max_grad_norm: float) -> None:

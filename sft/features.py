@@ -32,9 +32,7 @@ from sft.ranks import local_ranks
 
 VIEWS = 8  # the image as it is, its mirror image, and their quarter turns
 READ_AHEAD_BATCHES = 2
-GPU_LENGTHS = (
-    32  # prompts on a GPU are padded to a multiple of so many tokens: each length is compiled and graphed anew
-)
+GPU_LENGTHS = 32  # tokens: prompts on a GPU are padded to a multiple, since each length is compiled and graphed anew
 
 Found = TypeVar("Found")
 

@@ -10,6 +10,7 @@ import torch
 
 from sft import zero_json
 from sft.config import TrainConfig
+from sft.feature_store import free_gpu_bytes
 from sft.memory import ModelSize, estimate
 from sft.model.sa2va import Sa2VA
 
@@ -56,9 +57,8 @@ def recomputed_layers(config: TrainConfig, size: ModelSize, device: torch.device
         return size.layers if config.gradient_checkpointing else 0
     if device.type != "cuda":
         return 0
-    free, _ = torch.cuda.mem_get_info(device)
-    usable = MEMORY_SHARE * (free + torch.cuda.memory_reserved(device))
-    return fewest_layers(config, size, ranks, usable)
+    usable = free_gpu_bytes(device) + torch.cuda.memory_allocated(device)
+    return fewest_layers(config, size, ranks, MEMORY_SHARE * usable)
 
 
 def fewest_layers(config: TrainConfig, size: ModelSize, ranks: int, usable_bytes: float) -> int:

@@ -81,7 +81,7 @@ def predict(
     answer_ids = model.generate(asked, vision, preprocess.stop_token_ids, max_answer_tokens)[0].tolist()
     says_seg = preprocess.seg_token_id in answer_ids
     own_answer = says_seg and not forced
-    spoken = answer_ids if own_answer else _up_to(preprocess.answer_ids(), preprocess.seg_token_id)
+    spoken = answer_ids if own_answer else preprocess.forced_ids
     output = model(prompt(question_ids + spoken), vision, sam2_image[None].to(reference))
     masks = Masks(*(tensor.float().cpu() for tensor in vars(output.masks).values()))
     return Prediction(
@@ -105,7 +105,3 @@ def predict(
 def forced_answer() -> str:
     """What training puts in the model's mouth, up to [SEG]."""
     return ANSWER.partition("[SEG]")[0] + "[SEG]"
-
-
-def _up_to(ids: list[int], last: int) -> list[int]:
-    return ids[: ids.index(last) + 1]

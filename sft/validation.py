@@ -79,7 +79,7 @@ def seg_rate(run: Run) -> float:
     chosen = [val[index * len(val) // count] for index in range(count)]
     arrived = 0
     for batch in run.features.batches([[Item(pair)] for pair in chosen]):
-        seg_in_answer = preprocess.answer_ids().index(preprocess.seg_token_id)
+        seg_in_answer = len(preprocess.forced_ids) - 1
         question = batch.prompt.first(int(batch.prompt.seg_position_B) - seg_in_answer)
         answer = run.loaded.model.generate(question, batch.vision, preprocess.stop_token_ids, MAX_ANSWER_TOKENS)
         arrived += int((answer == preprocess.seg_token_id).any())

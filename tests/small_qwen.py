@@ -112,12 +112,7 @@ def build(family: str, settings: dict | None = None, seed: int = 0) -> Sa2VAQwen
     settings = settings or config(family)
     model = published.build(settings, settings["image_token_id"], Path("small"))
     model.tie_head()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.15 * torch.randn_like(parameter))
-    gaussian = model.sam2.shared_image_embedding.positional_embedding
-    model.sam2.prompt_encoder.shared_embedding.positional_embedding.copy_(gaussian)
-    return model.eval().requires_grad_(False)
+    return small_sa2va.perturbed(model)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import torch
 
 from sft.model import published
 from sft.model.preprocess import IMAGE_TOKEN, PreprocessInternVL
-from sft.model.sa2va import Layout, Sam2Features, VisionFeatures
+from sft.model.sa2va import Layout, Sa2VA, Sam2Features, VisionFeatures
 from sft.model.sa2va_internvl import Sa2VAInternVL
 from sft.model.tiny import TINY_CONFIG, build_tokenizer
 
@@ -69,6 +69,11 @@ def build(settings: dict | None = None, seed: int = 0) -> Sa2VAInternVL:
     """Random fp32 weights, large enough that every part counts; the two copies of SAM2's gaussian matrix agree."""
     torch.manual_seed(seed)
     model = published.build(settings or config(), tokenizer().convert_tokens_to_ids(IMAGE_TOKEN), Path("small"))
+    return perturbed(model)
+
+
+def perturbed(model: Sa2VA) -> Sa2VA:
+    """Every weight moved by random numbers, frozen and ready to be read."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))

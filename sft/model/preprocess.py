@@ -109,6 +109,11 @@ class Preprocess:
         """Token ids of "Sure, [SEG]." and the end of the turn."""
         return list(self._answer)
 
+    @property
+    def forced_ids(self) -> list[int]:
+        """Token ids of the answer up to and with [SEG]: nothing behind it reaches the mask."""
+        return self._answer[: self._answer.index(self.seg_token_id) + 1]
+
     @functools.cached_property
     def _answer(self) -> list[int]:
         return self.tokenizer.encode(ANSWER + self.end_token, add_special_tokens=False)
@@ -142,9 +147,7 @@ class Preprocess:
             with_labels: whether the text is trained.
             multiple_of: rows are padded to a multiple of so many tokens, so that fewer lengths are compiled.
         """
-        answer = self._answer
-        if not with_labels:
-            answer = answer[: answer.index(self.seg_token_id) + 1]
+        answer = self._answer if with_labels else self.forced_ids
         rows, labels, seg_positions = [], [], []
         for question, layout in zip(questions, layouts, strict=True):
             if (question, layout) not in self._asked:

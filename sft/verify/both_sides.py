@@ -47,8 +47,7 @@ def native_side(
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     loaded = published.load(model_path, dtype=dtype, device=device)
     own = predict(loaded, image_HW3, question, max_answer_tokens=max_answer_tokens)
-    taught = compare.up_to(np.array(loaded.preprocess.answer_ids()), loaded.preprocess.seg_token_id).tolist()
-    same_words = own.forced or own.answer_ids == taught
+    same_words = own.forced or own.answer_ids == loaded.preprocess.forced_ids
     forced = own if same_words else predict(loaded, image_HW3, question, forced=True, max_answer_tokens=1)
     arrays = record(own)
     if isinstance(loaded.preprocess, PreprocessQwen):

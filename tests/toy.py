@@ -54,7 +54,9 @@ def config(directory: Path, stage: int = 2, offload: bool = False, **settings) -
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     path = directory / f"zero{stage}{'_offload' if offload else ''}.json"
-    path.write_text(json.dumps({"zero_optimization": zero}))
+    whole = path.with_suffix(f".{os.getpid()}")  # ranks write the same file while others read it
+    whole.write_text(json.dumps({"zero_optimization": zero}))
+    whole.replace(path)
     defaults = {
         "deepspeed_config": str(path),
         "gradient_accumulation_steps": ACCUMULATION,
@@ -123,6 +125,7 @@ def run_ranks(file: str, *arguments: str, world_size: int = 2) -> list[str]:
     finally:
         for process in processes:
             process.kill()
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank}:\n{output[-4000:]}"
+    ended = enumerate(zip(processes, outputs, strict=True))  # a rank that fails takes the others with it: show all
+    failed = [f"rank {rank}:\n{output[-4000:]}" for rank, (process, output) in ended if process.returncode]
+    assert not failed, "\n".join(failed)
     return outputs

@@ -24,7 +24,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from sft import zero_json
+from sft import gloo, zero_json
 from sft.config import TrainConfig, UserError, deepspeed_config_path
 from sft.finite import DivergedError
 from sft.flat import Layout, Vector, Vectors, layout, vectors_of
@@ -347,6 +347,7 @@ def shut_down() -> None:
     """Leaves the process group, if there is one; not a collective, so it is safe after an error."""
     if torch.distributed.is_initialized():
         deepspeed.comm.destroy_process_group()
+        gloo.wait_until_idle()
 
 
 def _silence() -> None:

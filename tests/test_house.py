@@ -18,7 +18,7 @@ SCRIPTS = ("launch", "tune")
 LAYERS = (
     ("settings", "metrics", "stopwatch", "loss_kernels"),
     ("config", "ranks"),
-    ("devices", "feature_store", "finite", "flat", "losses", "synthetic", "zero_json"),
+    ("devices", "feature_store", "finite", "flat", "gloo", "losses", "synthetic", "zero_json"),
     ("data", "engine", "memory", "model", "report"),
     ("checkpoint", "encoders", "gate", "operations", "predict", "provenance"),
     ("feature_fill", "pace", "verify"),

@@ -1,0 +1,340 @@
+"""The space of a sweep: a YAML file whose keys are settings of TrainConfig becomes checked axes, and points in it.
+
+Takes a file and the seed setting, gives parameters (what is drawn) and settings (what a trial's TrainConfig gets:
+drawn values, expressions of them, weights brought to one sum). Imports nothing heavy: a mistake answers at once. Does
+not know Ray, trials or how a search proceeds.
+"""
+
+import ast
+import dataclasses
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from sft.config import TrainConfig, override
+from sft.settings import Setting, UserError, as_text, nearest, settings_of
+
+KINDS = ("choice", "uniform", "loguniform", "randint", "expression")
+SAME_SUM = "same_sum"  # the one key that is no parameter: weights scaled so that their sum is the seed setting's
+FUNCTIONS: dict[str, Callable] = {"min": min, "max": max, "round": round, "sqrt": math.sqrt, "log2": math.log2}
+SYNTAX = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Name, ast.Load, ast.Constant, ast.Call)
+SYNTAX += (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Pow, ast.USub, ast.UAdd)
+# What Dice is measured on, how long a trial may take, where it runs: the same for all trials, or Dice says nothing.
+FIXED = {"model_path", "data_root", "output_dir", "val_fraction", "val_list", "group_pattern", "folds", "fold", "seed"}
+FIXED |= {"num_epochs", "validate_every", "save_every", "save_format", "keep", "threshold", "tensorboard", "gpu"}
+FIXED |= {"include", "num_workers", "feature_cache", "feature_cache_dir", "resume", "dry_run", "log_every_steps"}
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One parameter that is drawn: a setting, or a name that expressions use."""
+
+    name: str
+    kind: str
+    """choice, uniform, loguniform or randint."""
+    values: tuple[Any, ...]
+    """The choices, or lowest and highest value (both can be drawn)."""
+
+    def draw(self, generator: random.Random) -> Any:
+        """One value, at random."""
+        match self.kind:
+            case "choice":
+                return generator.choice(self.values)
+            case "uniform":
+                return generator.uniform(*self.values)
+            case "loguniform":
+                low, high = self.values
+                return min(max(math.exp(generator.uniform(math.log(low), math.log(high))), low), high)
+            case "randint":
+                return generator.randint(*self.values)
+            case _:
+                raise ValueError(f"{self.kind}: expected choice, uniform, loguniform or randint")
+
+    def __contains__(self, value: Any) -> bool:
+        if self.kind == "choice":
+            return value in self.values
+        return isinstance(value, int | float) and self.values[0] <= value <= self.values[1]
+
+
+@dataclass(frozen=True)
+class Space:
+    """Axes, the expressions over them, and the settings whose sum stays that of the seed setting."""
+
+    axes: tuple[Axis, ...]
+    expressions: dict[str, str]
+    """Setting -> arithmetic over axes and settings of the space, in an order in which each can be computed."""
+    same_sum: tuple[str, ...] = ()
+
+    def draw(self, generator: random.Random) -> Values:
+        """Parameters at random, one value per axis."""
+        return {axis.name: axis.draw(generator) for axis in self.axes}
+
+    def grid(self) -> Iterator[Values]:
+        """Every combination of the choices, the last axis fastest.
+
+        Raises:
+            UserError: an axis is no choice.
+        """
+        for axis in self.axes:
+            if axis.kind != "choice":
+                raise UserError(f"search grid: {axis.name} is {axis.kind}; a grid needs {axis.name}: {{choice: [...]}}")
+        for values in itertools.product(*(axis.values for axis in self.axes)):
+            yield dict(zip((axis.name for axis in self.axes), values, strict=True))
+
+    def settings(self, params: Values, seed_setting: TrainConfig) -> Values:
+        """The settings of TrainConfig that these parameters stand for.
+
+        Args:
+            params: one value per axis.
+            seed_setting: whose sum the weights of `same_sum` keep.
+
+        Raises:
+            UserError: an expression has no legal value, or the weights are all 0.
+        """
+        known, fields = dict(params), settings_of(TrainConfig)
+        for name, text in self.expressions.items():
+            known[name] = _evaluated(name, text, known, fields.get(name))
+        found = {name: value for name, value in known.items() if name in fields}
+        if self.same_sum:
+            now = sum(found[name] for name in self.same_sum)
+            if now <= 0:
+                raise UserError(f"{', '.join(self.same_sum)} are all 0; raise the lower end of one of them")
+            factor = sum(getattr(seed_setting, name) for name in self.same_sum) / now
+            found |= {name: found[name] * factor for name in self.same_sum}
+        return found
+
+    def trial(self, params: Values, seed_setting: TrainConfig) -> TrainConfig:
+        """The configuration of a trial: the seed setting with these parameters."""
+        return override(seed_setting, self.settings(params, seed_setting), f"a trial with {_listed(params)}")
+
+    def params_of(self, config: TrainConfig) -> Values:
+        """The parameters that give a config; an axis that no setting tells (or none that is in reach) is left out."""
+        known = {axis.name: getattr(config, axis.name) for axis in self.axes if hasattr(config, axis.name)}
+        for axis in self.axes:
+            if axis.name not in known and axis.kind == "choice":
+                fits = [value for value in axis.values if self._explains(config, known | {axis.name: value})]
+                known |= {axis.name: fits[0]} if fits else {}
+        return {axis.name: known[axis.name] for axis in self.axes if axis.name in known}
+
+    def holds(self, params: Values) -> bool:
+        """Whether a search may have drawn these parameters: each axis has a value that lies on it."""
+        return all(axis.name in params and params[axis.name] in axis for axis in self.axes)
+
+    def _explains(self, config: TrainConfig, known: Values) -> bool:
+        fields = settings_of(TrainConfig)
+        computable = {name: text for name, text in self.expressions.items() if _names(text) <= known.keys()}
+        return bool(computable) and all(
+            _evaluated(name, text, known, fields.get(name)) == getattr(config, name, None)
+            for name, text in computable.items()
+        )
+
+
+def read(path: Path, seed_setting: TrainConfig) -> Space:
+    """Reads and checks a space.
+
+    Args:
+        path: YAML: `setting: {kind: values}`, see tune/space.yaml.
+        seed_setting: the configuration that the sweep starts from.
+
+    Raises:
+        UserError: no such file, no YAML, a key that is no setting and no part of an expression, a value that the
+            setting does not allow; names the file and the key.
+    """
+    content = _read_yaml(path)
+    try:
+        return _checked(content, seed_setting)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        root, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"--space {path}: {error.strerror}; expected a YAML file such as tune/space.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    keys = [key.value for key, _ in root.value] if isinstance(content, dict) else []
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise UserError(f"{path}: {twice} is given twice; keep one")
+    if not keys:
+        raise UserError(f"{path} holds no space; expected lines such as `learning_rate: {{loguniform: [1e-5, 1e-3]}}`")
+    return content
+
+
+def _checked(content: dict[str, Any], seed_setting: TrainConfig) -> Space:
+    content = dict(content)
+    same_sum, axes, expressions = content.pop(SAME_SUM, ()), [], {}
+    for key, entry in content.items():
+        kind, values = _entry(key, entry)
+        if kind == "expression":
+            _compiled(str(values))
+            expressions[key] = str(values)
+        else:
+            axes.append(_axis(key, kind, values))
+    used = {name for text in expressions.values() for name in _names(text)}
+    for key in content:
+        _check_key(key, used, key in expressions)
+    for name in sorted(used - content.keys()):
+        raise UserError(f"an expression uses {name}, which is not in the space; nearest: {nearest(name, content)}")
+    space = Space(tuple(axes), _in_order(expressions), _same_sum(same_sum, content))
+    if not axes:
+        raise UserError("nothing varies; give at least one choice, uniform, loguniform or randint")
+    for params in _corners(space):
+        space.trial(params, seed_setting)
+    return space
+
+
+def _entry(key: str, entry: Any) -> tuple[str, Any]:
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise UserError(
+            f"{key}: {as_text(str(entry))} is not allowed; give one of {', '.join(KINDS)}, e.g. choice: [1, 2]"
+        )
+    ((kind, values),) = entry.items()
+    if kind not in KINDS:
+        raise UserError(
+            f"{key}: unknown kind {kind}; nearest: {nearest(str(kind), KINDS)} (allowed: {', '.join(KINDS)})"
+        )
+    return kind, values
+
+
+def _axis(key: str, kind: str, values: Any) -> Axis:
+    """An axis whose values are legal for its setting."""
+    setting = settings_of(TrainConfig).get(key)
+    if not isinstance(values, list) or not values or (kind != "choice" and len(values) != 2):
+        wanted = "a list of values" if kind == "choice" else "[lowest, highest]"
+        raise UserError(f"{key}: {kind} takes {wanted}, not {as_text(str(values))}")
+    if setting is not None:
+        values = [setting.convert(value) for value in values]
+    elif kind != "choice":
+        values = [_number(key, value) for value in values]
+    if len(set(values)) < len(values) and kind == "choice":
+        raise UserError(f"{key}: choice names one value twice: {values}")
+    if kind != "choice":
+        _check_interval(key, kind, values, setting)
+    return Axis(key, kind, tuple(values))
+
+
+def _check_interval(key: str, kind: str, values: list[Any], setting: Setting | None) -> None:
+    numbers = (int,) if kind == "randint" else (int, float)
+    if not all(isinstance(value, numbers) and not isinstance(value, bool) for value in values):
+        raise UserError(f"{key}: {kind} takes {'whole ' if kind == 'randint' else ''}numbers, not {values}")
+    if values[0] >= values[1]:
+        raise UserError(f"{key}: the lowest value {values[0]} must be below the highest {values[1]}")
+    if kind == "loguniform" and values[0] <= 0:
+        raise UserError(f"{key}: loguniform starts above 0, not at {values[0]}")
+    if setting is not None and setting.kind is int and kind != "randint":
+        raise UserError(f"{key} is a whole number: give randint or choice, not {kind}")
+
+
+def _number(key: str, value: Any) -> Any:
+    try:
+        return value if isinstance(value, int) else float(value)  # YAML reads 1e-5 as text
+    except (TypeError, ValueError):
+        raise UserError(f"{key}: {as_text(str(value))} is no number") from None
+
+
+def _check_key(key: str, used: set[str], is_expression: bool) -> None:
+    fields = settings_of(TrainConfig)
+    if key in FIXED:
+        raise UserError(f"{key} is the same for all trials, or their Dice could not be compared; set it for the sweep")
+    if key not in fields and (is_expression or key not in used):
+        raise UserError(f"{key} is no setting, and no expression uses it; nearest setting: {nearest(key, fields)}")
+
+
+def _same_sum(names: Any, content: dict[str, Any]) -> tuple[str, ...]:
+    if not isinstance(names, list | tuple):
+        raise UserError(f"{SAME_SUM} takes a list of settings in the space, not {as_text(str(names))}")
+    for name in names:
+        if name not in content:
+            close = nearest(str(name), content)
+            raise UserError(f"{SAME_SUM} names {name}, which is not in the space; nearest: {close}")
+    return tuple(names)
+
+
+def _in_order(expressions: dict[str, str]) -> dict[str, str]:
+    """So that an expression comes after those it uses."""
+    left, ordered = dict(expressions), {}
+    while left:
+        ready = [name for name, text in left.items() if not _names(text) & left.keys()]
+        if not ready:
+            raise UserError(f"the expressions of {', '.join(left)} need each other; write one without the other")
+        ordered |= {name: left.pop(name) for name in ready}
+    return ordered
+
+
+def _corners(space: Space) -> Iterator[Values]:
+    """Points at which every value and every end of an interval occurs: each axis in turn, and all ends together."""
+    lowest = {axis.name: axis.values[0] for axis in space.axes}
+    yield lowest
+    yield {axis.name: axis.values[-1] for axis in space.axes}
+    for axis in space.axes:
+        for value in axis.values[1:]:
+            yield lowest | {axis.name: value}
+    inside = [axis for axis in space.axes if any(axis.name in _names(text) for text in space.expressions.values())]
+    for values in itertools.product(*(axis.values for axis in inside)):
+        yield lowest | {axis.name: value for axis, value in zip(inside, values, strict=True)}
+
+
+def _names(text: str) -> set[str]:
+    """Parameters in an expression."""
+    return {node.id for node in ast.walk(ast.parse(text, mode="eval")) if isinstance(node, ast.Name)} - FUNCTIONS.keys()
+
+
+def _evaluated(name: str, text: str, known: Values, setting: Setting | None) -> Any:
+    """An expression's value, a whole number where the setting is one."""
+    try:
+        value = eval(_compiled(text), {"__builtins__": {}}, FUNCTIONS | known)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise UserError(f"{name} = {text} with {_listed(known)}: {error}") from None
+    whole = setting is not None and setting.kind is int and isinstance(value, float) and math.isfinite(value)
+    return round(value) if whole else value
+
+
+def _compiled(text: str) -> CodeType:
+    """An expression of arithmetic alone."""
+    try:
+        tree = ast.parse(text, mode="eval")
+    except SyntaxError:
+        raise UserError(f"expression {text}: no arithmetic; expected e.g. alpha_ratio * lora_rank") from None
+    for node in ast.walk(tree):
+        numeric = not isinstance(node, ast.Constant) or isinstance(node.value, int | float)
+        called = not isinstance(node, ast.Call) or (isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS)
+        if not isinstance(node, SYNTAX) or not numeric or not called:
+            raise UserError(
+                f"expression {text}: only numbers, names, + - * / // **, {', '.join(FUNCTIONS)} are allowed"
+            )
+    return compile(tree, "<space>", "eval")
+
+
+def _listed(values: Values) -> str:
+    return ", ".join(f"{name} {as_text(value)}" for name, value in values.items())
+
+
+def scale_of(axis: Axis) -> str:
+    """How an axis is drawn in a picture: log, linear, or categories for choices that are no numbers."""
+    numbers = [value for value in axis.values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) < len(axis.values):
+        return "categories"
+    return "log" if axis.kind == "loguniform" or (axis.kind == "choice" and min(numbers) > 0) else "linear"
+
+
+def as_record(space: Space) -> dict[str, Any]:
+    """The space in plain types, for a sweep's record."""
+    return dataclasses.asdict(space)
+
+
+def from_record(record: dict[str, Any]) -> Space:
+    """The space that `as_record` gave."""
+    axes = tuple(Axis(axis["name"], axis["kind"], tuple(axis["values"])) for axis in record["axes"])
+    return Space(axes, dict(record["expressions"]), tuple(record["same_sum"]))

@@ -1,0 +1,196 @@
+"""A sweep's trials as files, one folder each, whole after a kill at any moment.
+
+    SWEEP/sweep.json                   what the sweep is: settings, space, versions
+    SWEEP/trials/007/trial.json        what was drawn, and the settings it stands for
+    SWEEP/trials/007/validations.jsonl one line a validation, on the disk before anyone is told of it
+    SWEEP/trials/007/outcome.json      how it ended; absent while it may go on
+    SWEEP/trials/007/lora_sft_*/       the run itself
+
+These files are the only memory of a sweep: the table, the report, the scheduler's and the search's state are made from
+them. Knows nothing of Ray; imports nothing heavy.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sft.settings import UserError
+
+FORMAT = 1
+TRIALS, SWEEP_FILE = "trials", "sweep.json"
+TRIAL_FILE, ROWS_FILE, OUTCOME_FILE = "trial.json", "validations.jsonl", "outcome.json"
+METRIC = "dice_so_far"  # best validation Dice up to an epoch, the base's not counted
+SEED_SETTING = "seed setting"
+Status = Literal["unfinished", "finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial as its folder tells it."""
+
+    number: int
+    origin: str
+    """seed setting, points, random, grid, optuna, or `trial 7, seed 43` for a repeat."""
+    params: dict[str, Any]
+    """Axis of the space -> value; an axis that a given setting does not tell is missing."""
+    settings: dict[str, Any]
+    """What differs from the seed setting's TrainConfig."""
+    rows: tuple[dict[str, Any], ...] = ()
+    """One per validation, ascending in epoch: epoch, dice, dice_so_far, dice_best, threshold_best, ..., device_s."""
+    status: Status = "unfinished"
+    """finished: all epochs; stopped: by the scheduler; failed: see reason; unfinished: begun, and to go on."""
+    reason: str = ""
+
+    @property
+    def epoch(self) -> int:
+        """The last validated epoch, 0 before the first."""
+        return self.rows[-1]["epoch"] if self.rows else 0
+
+    @property
+    def dice_so_far(self) -> float | None:
+        """Best validation Dice of its epochs."""
+        return self.rows[-1][METRIC] if self.rows else None
+
+    @property
+    def device_s(self) -> float:
+        """Seconds on its device, starting up included, summed over its attempts."""
+        return self.rows[-1]["device_s"] if self.rows else 0.0
+
+    @property
+    def is_repeat(self) -> bool:
+        """Whether it repeats another trial with another seed."""
+        return "seed" in self.settings
+
+
+def folder_of(sweep: Path, number: int) -> Path:
+    """Where a trial's files lie."""
+    return sweep / TRIALS / f"{number:03}"
+
+
+def create(sweep: Path, trial: Trial) -> Path:
+    """Makes a trial's folder with its trial.json; one that is there stays as it is."""
+    folder = folder_of(sweep, trial.number)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / TRIAL_FILE).exists():
+        record = {name: getattr(trial, name) for name in ("number", "origin", "params", "settings")}
+        write_json(folder / TRIAL_FILE, {"format": FORMAT} | record)
+    return folder
+
+
+def read_all(sweep: Path) -> list[Trial]:
+    """Every trial of a sweep, by number."""
+    folders = sorted((sweep / TRIALS).glob("*/"), key=lambda folder: folder.name)
+    return [read(folder) for folder in folders if (folder / TRIAL_FILE).exists()]
+
+
+def read(folder: Path) -> Trial:
+    """One trial.
+
+    Raises:
+        UserError: a file is not as it was written.
+    """
+    record = read_json(folder / TRIAL_FILE)
+    outcome = read_json(folder / OUTCOME_FILE) if (folder / OUTCOME_FILE).exists() else {}
+    fields = {name: record[name] for name in ("number", "origin", "params", "settings")}
+    return Trial(**fields, rows=_read_rows(folder / ROWS_FILE), **outcome)
+
+
+def append_row(folder: Path, row: dict[str, Any]) -> None:
+    """Adds a validation, on the disk when this returns."""
+    with (folder / ROWS_FILE).open("ab") as file:
+        file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_outcome(folder: Path, status: Status, reason: str = "") -> None:
+    """Notes how a trial ended."""
+    write_json(folder / OUTCOME_FILE, {"status": status, "reason": " ".join(reason.split())})
+
+
+def best_of(trials: Sequence[Trial]) -> Trial | None:
+    """The trial of highest validation Dice, repeats aside; the earliest of several."""
+    measured = [trial for trial in trials if trial.rows and not trial.is_repeat]
+    return max(measured, key=lambda trial: (trial.dice_so_far, -trial.number), default=None)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes a file that is there whole or not at all."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def read_json(file: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        UserError: the file is not there or no JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: not found; expected a sweep's folder, as tune/search.py makes it") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); a sweep's files must be as it wrote them") from None
+
+
+def _read_rows(file: Path) -> tuple[dict[str, Any], ...]:
+    """The validations by epoch. A line that a kill cut off is none; of an epoch told twice the later counts."""
+    rows = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows[row["epoch"]] = row
+    return tuple(rows[epoch] for epoch in sorted(rows))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep is, as its sweep.json tells it."""
+
+    name: str
+    base: dict[str, Any]
+    """The seed setting: every field of TrainConfig."""
+    space: dict[str, Any]
+    """`space.as_record` of the space."""
+    search: str
+    """random, grid or optuna."""
+    num_trials: int
+    early_stop: bool
+    grace_epochs: int
+    reduction: int
+    seed: int
+    gpus_per_trial: float
+    """GPUs of one trial; 0 on CPUs."""
+    started: str
+    versions: dict[str, str]
+    command: list[str]
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of a whole trial."""
+        return self.base["num_epochs"]
+
+
+def write_sweep(folder: Path, sweep: Sweep) -> None:
+    """Writes sweep.json."""
+    write_json(folder / SWEEP_FILE, {"format": FORMAT} | dataclasses.asdict(sweep))
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """Reads sweep.json.
+
+    Raises:
+        UserError: it is missing or of another version.
+    """
+    record = read_json(folder / SWEEP_FILE)
+    if record.pop("format", None) != FORMAT:
+        raise UserError(f"{folder / SWEEP_FILE}: not a sweep of this version; start a new one")
+    return Sweep(**record)

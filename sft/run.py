@@ -64,7 +64,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def prepared(config: TrainConfig, scratch: Path | None = None) -> Iterator[Run]:
+def prepared(config: TrainConfig, scratch: Path | None = None, split_file: Path | None = None) -> Iterator[Run]:
     """Builds a run, new or resumed, and closes it.
 
     Nothing is written before all of it stands. What ends a run early is noted in training.log, an out-of-memory error
@@ -73,13 +73,15 @@ def prepared(config: TrainConfig, scratch: Path | None = None) -> Iterator[Run]:
     Args:
         config: all settings.
         scratch: written to instead of output_dir; of a dry run.
+        split_file: the split.json of another run, whose division is taken over; a resumed run has its own.
 
     Raises:
         UserError: anything the user can mend, before the first step; too little GPU memory at any time.
     """
     ranks = engine.start(config)
     resumed = on_main(ranks, lambda: _find_resumed(config))
-    loaded_data = on_main(ranks, lambda: data.load(config, split_file=resumed and resumed.parent / "split.json"))
+    split_file = resumed.parent / "split.json" if resumed else split_file
+    loaded_data = on_main(ranks, lambda: data.load(config, split_file=split_file))
     output_dir, features, size, run = scratch or Path(config.output_dir), None, None, None
     try:
         loaded, peft_model, size = _load_model(config, ranks, loaded_data)

@@ -6,6 +6,7 @@ same path; only the log of the main rank writes.
 
 import dataclasses
 import functools
+import json
 import shutil
 import tempfile
 import time
@@ -43,19 +44,34 @@ class Result:
     """Of the base at the threshold chosen for it on the validation images."""
 
 
-def train(config: TrainConfig, on_validation: Callable[[dict], None] | None = None) -> Result:
+@dataclass(frozen=True)
+class Prepared:
+    """What runs of one config share, as `prepare` found it."""
+
+    split: dict
+    """The content of split.json."""
+    checkpoint_bytes: int
+    """Estimate of one checkpoint at the rank asked for."""
+    features: str
+    """What was computed, in a sentence."""
+
+
+def train(
+    config: TrainConfig, on_validation: Callable[[dict], None] | None = None, split_file: Path | None = None
+) -> Result:
     """Fine-tunes one model; see the module's docstring.
 
     Args:
         config: all settings.
         on_validation: called on every rank with each validation row (epoch, step, dice, dice_best, ...), base included.
+        split_file: the split.json of another run, whose division into training and validation is taken over.
 
     Raises:
         UserError: a mistake the user can mend, among them a diverged loss and too little memory.
     """
     if config.dry_run:
         return dry_run(config)
-    with runs.prepared(config) as run:
+    with runs.prepared(config, split_file=split_file) as run:
         runs.announce(run)
         runs.keep_features(run, all_items(run))
         if run.progress.epoch == 0:
@@ -212,6 +228,33 @@ def dry_run(config: TrainConfig) -> Result:
             engine.barrier()  # nobody reads the folder any more
             run.log.line("Dry run: data, model, one step, one validation batch and one checkpoint are in order")
             return Result(run.directory, run.progress.best_dice, 1, row["dice"], row["dice_best"])
+    finally:
+        if ranks.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def prepare(config: TrainConfig, highest_rank: int) -> Prepared:
+    """Checks everything and computes the frozen features that runs of this config will read, before any of them.
+
+    Leaves the features on the disk and nothing else.
+
+    Args:
+        config: what the runs have in common.
+        highest_rank: the highest lora_rank among them, for the size of a checkpoint.
+
+    Raises:
+        UserError: as `train`.
+    """
+    ranks = engine.start(config)
+    folder = runs.on_main(ranks, lambda: Path(tempfile.mkdtemp(prefix="sft_prepare_")))
+    try:
+        with runs.prepared(config, scratch=folder) as run:
+            runs.keep_features(run, all_items(run))
+            split = json.loads((run.directory / "split.json").read_text(encoding="utf-8")) if ranks.is_main else {}
+            trainable = run.size.lora_parameters * highest_rank // config.lora_rank + run.size.whole_parameters
+        lines = (folder / "training.log").read_text(encoding="utf-8").splitlines() if ranks.is_main else []
+        told = next((line for line in reversed(lines) if line.startswith("Frozen features")), "Frozen features: none")
+        return Prepared(split, checkpoint.checkpoint_bytes(trainable, 2 if config.precision == "bf16" else 4), told)
     finally:
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sft.config import TrainConfig, override
 from sft.settings import UserError
 
 FORMAT = 1
@@ -112,6 +113,16 @@ def write_outcome(folder: Path, status: Status, reason: str = "") -> None:
     write_json(folder / OUTCOME_FILE, {"status": status, "reason": " ".join(reason.split())})
 
 
+def config_of(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
+    """The TrainConfig of a trial, in the folder of nobody yet.
+
+    Raises:
+        UserError: the settings contradict each other.
+    """
+    lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}  # out of JSON
+    return override(base, settings | lists)
+
+
 def best_of(trials: Sequence[Trial]) -> Trial | None:
     """The trial of highest validation Dice, repeats aside; the earliest of several."""
     measured = [trial for trial in trials if trial.rows and not trial.is_repeat]
@@ -172,6 +183,8 @@ class Sweep:
     started: str
     versions: dict[str, str]
     command: list[str]
+    options: dict[str, Any]
+    """Every field of the command's own settings."""
 
     @property
     def num_epochs(self) -> int:

@@ -103,11 +103,16 @@ def choose(wanted: str, demand: Demand, room: Room, reserve_bytes: int, share_on
 
 
 def free_gpu_bytes(device: torch.device) -> int:
-    """Free memory of a CUDA device, with what torch holds of it and does not use; 0 for any other device."""
+    """Free memory of a CUDA device, with what torch holds of it and does not use; 0 for any other device.
+
+    Where this process may only take a share of the device (`torch.cuda.set_per_process_memory_fraction`), of its share.
+    """
     if device.type != "cuda":
         return 0
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return min(free + reserved, share) - allocated
 
 
 def free_disk_bytes(root: Path) -> int:

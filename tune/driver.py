@@ -1,0 +1,295 @@
+"""Ray's side of a sweep: nodes and devices, one Tuner run, what happens when a trial reports, ends or fails.
+
+Takes a `Plan` and the sweep's folder; starts trials and notes how they end. All that must survive a kill lies in the
+trials' folders (trials.py); Ray's own records are of one session and are not read again.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune import Callback
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from sft.config import TrainConfig
+from sft.settings import UserError
+from tune import keeping, results, trials
+from tune.options import ROOT, Plan, SweepConfig
+from tune.progress import LiveTable
+from tune.scheduler import NotedAsha
+from tune.suggest import Suggestions
+from tune.trial_run import CRASH_FILE, run_trial
+from tune.trials import METRIC, Sweep, Trial
+
+RETRIES = 2  # of a trial that crashed, from its last checkpoint
+SESSION = "session"  # Ray's own files, in the sweep's folder
+ENVIRONMENT = {  # of the driver
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the trials' own logs hold all of it
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # otherwise Tune prints a table of its own
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def start_ray(address: str | None, gpus: Sequence[str]) -> None:
+    """Starts Ray on this machine, or joins a cluster.
+
+    Args:
+        address: of a cluster, or None.
+        gpus: devices of this machine that trials may use; empty without any.
+
+    Raises:
+        UserError: no cluster there.
+    """
+    os.environ.update(ENVIRONMENT)
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    told = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths), "RAY_CHDIR_TO_TRIAL_DIR": "0"}}
+    options = {"runtime_env": told, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    if address:
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"address {address}: no Ray cluster answers ({reason}); ray start --head first") from None
+        return
+    cores = len(os.sched_getaffinity(0))
+    ray.init(address="local", num_cpus=cores, num_gpus=len(gpus), include_dashboard=False, **options)
+
+
+def resources(sweep: SweepConfig) -> tuple[dict[str, float], int]:
+    """What one trial takes (`CPU`, `GPU`) and how many run at a time.
+
+    Raises:
+        UserError: the cluster has less than one trial needs.
+    """
+    total = ray.cluster_resources()
+    cpus, gpus = total.get("CPU", 0), total.get("GPU", 0)
+    per_trial = sweep.gpus_per_trial if gpus else 0.0
+    if gpus and per_trial > gpus:
+        raise UserError(f"gpus_per_trial = {per_trial:g}: there are {gpus:g}")
+    # Trials that share a GPU: as many as lie whole on each.
+    room = int(gpus // per_trial) if per_trial >= 1 else int(gpus) * int(1 / per_trial) if per_trial else None
+    cores = sweep.cpus_per_trial or (max(1, int(cpus // room)) if room else sweep.ranks)
+    room = min(int(cpus // cores), room) if room else int(cpus // cores)
+    if room < 1:
+        raise UserError(f"cpus_per_trial = {cores}: the machine has {cpus:g} cores for {sweep.ranks} ranks; give fewer")
+    return {"CPU": cores, "GPU": per_trial}, min(room, sweep.max_concurrent or room)
+
+
+def prepare_nodes(config: TrainConfig, highest_rank: int, needs: dict[str, float]) -> list[Any]:
+    """Computes the frozen features once on each node, before any trial.
+
+    Args:
+        config: what the trials have in common.
+        highest_rank: among them.
+        needs: what one trial takes.
+
+    Returns:
+        What `sft.train.prepare` gave on each node.
+
+    Raises:
+        UserError: a mistake in data, checkpoint or settings.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    if needs["GPU"]:
+        nodes = [node for node in nodes if node["Resources"].get("GPU", 0) >= 1] or nodes
+    cores = min(int(node["Resources"]["CPU"]) for node in nodes)
+    task = ray.remote(num_cpus=cores, num_gpus=1 if needs["GPU"] else 0, max_retries=1)(_prepare)
+    waiting = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            config, highest_rank
+        )
+        for node in nodes
+    ]
+    found = ray.get(waiting)
+    for one in found:
+        if isinstance(one, str):
+            raise UserError(one)
+    return found
+
+
+class Phase:
+    """One run of Tune over some trials.
+
+    Args:
+        plan: of the sweep.
+        sweep: its record.
+        folder: its directory.
+        needs: what one trial takes, and
+        concurrent: how many run at a time (see `resources`).
+    """
+
+    def __init__(self, plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], concurrent: int):
+        self._plan, self._sweep, self._folder = plan, sweep, folder
+        self._needs, self._concurrent = needs, concurrent
+
+    def run(self, queue: Sequence[Trial], total: int, suggestions: Suggestions | None, early_stop: bool) -> bool:
+        """Runs trials until all have ended, or time is over, or somebody interrupts.
+
+        Args:
+            queue: trials that come first: unfinished ones, or repeats.
+            total: new trials of the sweep in all.
+            suggestions: where the others come from; None: there are no others.
+            early_stop: whether ASHA ends some.
+
+        Returns:
+            Whether all have ended.
+        """
+        known = trials.read_all(self._folder)
+        samples = len(queue) + (max(0, total - 1 - max((t.number for t in known), default=-1)) if suggestions else 0)
+        if samples == 0:
+            return True
+        scheduler = NotedAsha(self._folder, self._sweep, known) if early_stop else FIFOScheduler()
+        ranks = self._plan.sweep.ranks
+        of_rank = {"CPU": max(1, self._needs["CPU"] // ranks), "GPU": self._needs["GPU"] / ranks}
+        place = {"sweep": str(self._folder), "ranks": ranks, "needs": of_rank}
+        # Ranks of their own take the devices; the trial itself only waits for them.
+        bundle = self._needs if ranks == 1 else {"CPU": 0}
+        waiting = {trial.number for trial in queue}
+        shown = LiveTable(self._sweep, samples + sum(trial.number not in waiting for trial in known))
+        watch = Watch(self._folder, shown, suggestions)
+        tuner = tune.Tuner(
+            tune.with_resources(run_trial, tune.PlacementGroupFactory([bundle])),
+            tune_config=tune.TuneConfig(
+                search_alg=Queue(self._folder, queue, suggestions, place),
+                scheduler=scheduler,
+                num_samples=samples,
+                max_concurrent_trials=self._concurrent,
+                time_budget_s=self._plan.sweep.time_budget_s,
+            ),
+            run_config=tune.RunConfig(
+                name=f"{SESSION}_{time.strftime('%Y%m%d_%H%M%S')}",
+                storage_path=str(self._folder / "ray"),
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                callbacks=[watch],
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+        watch.close()
+        return all(trial.status != "unfinished" for trial in trials.read_all(self._folder))
+
+
+class Queue(Searcher):
+    """Hands trials to Ray, one whenever there is room: those of the queue, then new ones.
+
+    Args:
+        folder: the sweep's; a new trial gets its folder there.
+        queue: trials that come first.
+        suggestions: new ones, or None.
+        place: what `run_trial` needs besides the number.
+    """
+
+    def __init__(
+        self, folder: Path, queue: Sequence[Trial], suggestions: Suggestions | None, place: dict[str, Any]
+    ) -> None:
+        super().__init__(metric=METRIC, mode="max")
+        self._folder, self._queue, self._suggestions, self._place = folder, list(queue), suggestions, place
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """The next trial's place."""
+        trial = self._queue.pop(0) if self._queue else self._suggestions and self._suggestions.next()
+        if trial is None:
+            return Searcher.FINISHED
+        trials.create(self._folder, trial)
+        return self._place | {"number": trial.number}
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """Nothing: `Watch` reads the trial's folder."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """An empty file: the trials' folders are the memory."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore."""
+
+
+class Watch(Callback):
+    """Follows the trials: shows them, notes crashes, keeps the best adapter, deletes what losers leave.
+
+    Args:
+        folder: the sweep's.
+        shown: the live table.
+        suggestions: is told of every end; None: nobody.
+    """
+
+    def __init__(self, folder: Path, shown: LiveTable, suggestions: Suggestions | None):
+        self._folder, self._shown, self._suggestions = folder, shown, suggestions
+        self._running: dict[str, int] = {}
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """A trial has its devices."""
+        self._running[trial.trial_id] = trial.config["number"]
+        self._show()
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+        """A validation."""
+        self._show()
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """A trial has ended by itself or was stopped."""
+        self._ended(trial)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """A trial has crashed for the last time."""
+        self._note_crash(trials_folder(self._folder, trial))
+        self._ended(trial)
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        """Now and then."""
+        self._shown.tick(lambda: (trials_of(self._folder), list(self._running.values())))
+
+    def close(self) -> None:
+        """The last look."""
+        self._running.clear()
+        self._shown.show(trials_of(self._folder), [], force=True)
+
+    def _ended(self, trial: Any) -> None:
+        self._running.pop(trial.trial_id, None)
+        found, number = trials_of(self._folder), trial.config["number"]
+        if self._suggestions is not None:
+            self._suggestions.ended(next(one for one in found if one.number == number))
+        keeping.keep_best(self._folder, found, list(self._running.values()))
+        results.write(self._folder, trials.read_sweep(self._folder), found)
+        shutil.rmtree(trials_folder(self._folder, trial) / "ray", ignore_errors=True)
+        self._show(force=True)
+
+    def _show(self, force: bool = False) -> None:
+        self._shown.show(trials_of(self._folder), list(self._running.values()), force)
+
+    def _note_crash(self, folder: Path) -> None:
+        if (folder / trials.OUTCOME_FILE).exists():
+            return
+        crash = folder / CRASH_FILE
+        last = crash.read_text(encoding="utf-8").strip().splitlines()[-1] if crash.exists() else "its process died"
+        trials.write_outcome(folder, "failed", f"crashed {RETRIES + 1} times: {last}")
+
+
+def trials_of(folder: Path) -> list[Trial]:
+    """All trials of a sweep."""
+    return trials.read_all(folder)
+
+
+def trials_folder(folder: Path, trial: Any) -> Path:
+    """The folder of one of Ray's trials."""
+    return trials.folder_of(folder, trial.config["number"])
+
+
+def _prepare(config: TrainConfig, highest_rank: int) -> Any:
+    """Runs on a node; a mistake comes back as text, since Ray would wrap it."""
+    from sft.train import prepare
+
+    try:
+        return prepare(config, highest_rank)
+    except UserError as error:
+        return str(error)

@@ -1,0 +1,101 @@
+"""What of a sweep stays on the disk: one checkpoint of each live trial, the best adapter, the split.
+
+Takes a sweep's folder and its trials; deletes what losers leave, keeps the best, refuses to start where there is no
+room. Knows nothing of Ray.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from sft.config import TrainConfig
+from sft.settings import UserError, settings_of
+from tune import trials
+from tune.space import Space
+from tune.trials import Trial, best_of
+
+BEST, BEST_ADAPTER = "best_checkpoint", "checkpoint_best"
+BEST_FILES = ("config.json", "training_log.json")  # of the best trial's run: what its checkpoint is used with
+LOCK = "sweep.lock"
+LIVE_SHARE = 2.2  # a live trial's checkpoint while it is replaced, and its best adapter (a sixth of a checkpoint)
+
+
+def lock(folder: Path) -> int:
+    """Makes this process the only one that drives a sweep, until it ends; returns the lock's descriptor.
+
+    Raises:
+        UserError: another one does.
+    """
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder}: another process is running this sweep; wait for it, or end it") from None
+    return descriptor
+
+
+def keep_best(folder: Path, found: Sequence[Trial], live: Sequence[int]) -> None:
+    """Copies the best trial's adapter to best_checkpoint/ and deletes what ended trials no longer need.
+
+    Args:
+        folder: the sweep's.
+        found: all its trials.
+        live: numbers of those that run: they may be writing.
+    """
+    best = best_of([trial for trial in found if trial.number not in live])
+    if best is not None:
+        _copy_best(folder, best)
+    for trial in found:
+        if trial.number not in live and trial.status != "unfinished":
+            for directory in trials.folder_of(folder, trial.number).glob("*/checkpoint_*"):
+                shutil.rmtree(directory, ignore_errors=True)
+
+
+def check_disk(folder: Path, one_bytes: int, concurrent: int, unfinished: int) -> None:
+    """Refuses to start where the checkpoints will not fit.
+
+    Args:
+        folder: the sweep's.
+        one_bytes: of one checkpoint at the highest rank.
+        concurrent: trials that run at a time.
+        unfinished: trials that an earlier session has left with a checkpoint each.
+
+    Raises:
+        UserError: too little room; says how much is needed for what.
+    """
+    needed, free = int(one_bytes * (LIVE_SHARE * concurrent + unfinished + 1)), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: {free / 2**30:.2f} GiB free, but checkpoints of {one_bytes / 2**30:.2f} GiB of {concurrent} "
+            f"trials at a time need {needed / 2**30:.2f} GiB; free some space, lower --max_concurrent or set another "
+            "--storage_path"
+        )
+
+
+def highest_rank(base: TrainConfig, space: Space) -> int:
+    """The highest LoRA rank that a trial may have."""
+    ranks = [max(axis.values) for axis in space.axes if axis.name == "lora_rank"]
+    if "lora_rank" in space.expressions:
+        ranks.append(int(settings_of(TrainConfig)["lora_rank"].range.at_most))
+    return max([base.lora_rank, *ranks])
+
+
+def _copy_best(folder: Path, best: Trial) -> None:
+    """Beside it first, then renamed: there is a whole one at any moment."""
+    source = trials.folder_of(folder, best.number)
+    adapters = sorted(source.glob(f"*/{BEST_ADAPTER}"))
+    if not adapters:
+        return  # kept before, or of a run that ended before its first checkpoint was written
+    partial, target = folder / f"{BEST}.partial", folder / BEST
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(adapters[-1], partial)
+    shutil.copyfile(source / trials.TRIAL_FILE, partial / trials.TRIAL_FILE)
+    for name in BEST_FILES:
+        shutil.copyfile(adapters[-1].parent / name, folder / f"{name}.partial")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    for name in BEST_FILES:
+        os.replace(folder / f"{name}.partial", folder / name)

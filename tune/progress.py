@@ -1,0 +1,123 @@
+"""A sweep in progress on the terminal: one live table, the best so far, the time left.
+
+Takes trials; prints. On a terminal the table is drawn over itself, elsewhere a line tells what has changed.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TextIO
+
+from sft.report import format_duration
+from tune.trials import SEED_SETTING, Sweep, Trial, best_of
+
+REDRAW_S = 1.0
+ROWS = 20  # of the live table: the running ones, then the best
+SHORT = {"learning_rate": "lr", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+SHORT |= {"dice_weight": "w_dice", "focal_weight": "w_focal", "bce_weight": "w_bce", "focal_gamma": "gamma"}
+
+
+def table(found: Sequence[Trial], running: Iterable[int], most: int | None = None) -> str:
+    """Trials as text: the running ones first, then by Dice.
+
+    Args:
+        found: all trials.
+        running: numbers of those that run now.
+        most: rows at the most; None: all.
+    """
+    running = set(running)
+    order = sorted(found, key=lambda trial: (trial.number not in running, -(trial.dice_so_far or 0.0), trial.number))
+    shown, axes = order[:most], list(dict.fromkeys(name for trial in found for name in trial.params))
+    head = ["trial", "status", "epoch", "Dice", *(SHORT.get(name, name) for name in axes)]
+    lines = [head, *(_cells(trial, axes, trial.number in running) for trial in shown)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join(text + [f"... and {len(order) - len(shown)} more"] * (len(order) > len(shown)))
+
+
+class LiveTable:
+    """What is shown while a sweep runs.
+
+    Args:
+        sweep: how many epochs and trials there are.
+        total: trials of this phase, earlier ones included.
+        stream: where it is printed.
+    """
+
+    def __init__(self, sweep: Sweep, total: int, stream: TextIO = sys.stdout):
+        self._sweep, self._total, self._stream = sweep, total, stream
+        self._live = stream.isatty()
+        self._drawn_lines, self._next_s, self._started_s = 0, 0.0, time.monotonic()
+        self._told: dict[int, tuple] = {}
+        self._epochs_before: int | None = None
+
+    def tick(self, now: Callable[[], tuple[Sequence[Trial], Sequence[int]]]) -> None:
+        """On a terminal, and once a second: asks how things stand, and shows it."""
+        if self._live and time.monotonic() >= self._next_s:
+            self.show(*now())
+
+    def show(self, found: Sequence[Trial], running: Sequence[int], force: bool = False) -> None:
+        """Shows how things stand, at most once a second on a terminal."""
+        if self._epochs_before is None:
+            self._epochs_before = sum(trial.epoch for trial in found)
+        if not self._live:
+            self._tell_changes(found, running)
+        elif force or time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + REDRAW_S
+            self._draw(f"{table(found, running, ROWS)}\n{self.summary(found, running)}")
+
+    def summary(self, found: Sequence[Trial], running: Sequence[int]) -> str:
+        """How many trials, the best, and the time left."""
+        ended = [trial for trial in found if trial.status != "unfinished"]
+        best = best_of(found)
+        text = f"{len(ended)} of {self._total} trials ended, {len(running)} running"
+        if best:
+            text += f" | best Dice {best.dice_so_far:.4f} of trial {best.number}"
+        return f"{text} | {format_duration(time.monotonic() - self._started_s)}, ETA {self._eta(found, ended)}"
+
+    def _eta(self, found: Sequence[Trial], ended: Sequence[Trial]) -> str:
+        """By epochs: those that ended trials took on average, for all that are still to come."""
+        done = sum(trial.epoch for trial in found) - (self._epochs_before or 0)
+        if not ended or done <= 0:
+            return "?"
+        mean = sum(trial.epoch for trial in ended) / len(ended)
+        begun = [trial for trial in found if trial.status == "unfinished"]
+        left = sum(max(0.0, mean - trial.epoch) for trial in begun) + mean * (self._total - len(found))
+        return format_duration((time.monotonic() - self._started_s) / done * left)
+
+    def _tell_changes(self, found: Sequence[Trial], running: Sequence[int]) -> None:
+        for trial in found:
+            state = (trial.epoch, trial.status)
+            if self._told.get(trial.number) == state or state == (0, "unfinished"):
+                continue
+            self._told[trial.number] = state
+            if trial.status == "unfinished":
+                dice = f"Dice {trial.rows[-1]['dice']:.4f}"
+                print(f"trial {trial.number}: epoch {trial.epoch}/{self._sweep.num_epochs} {dice}", file=self._stream)
+            elif trial.status != "unfinished":
+                reason = f" ({trial.reason})" if trial.reason else ""
+                print(
+                    f"trial {trial.number} {trial.status}{reason} | {self.summary(found, running)}", file=self._stream
+                )
+        self._stream.flush()
+
+    def _draw(self, text: str) -> None:
+        columns = shutil.get_terminal_size().columns  # a line that wraps would be two
+        lines = [line[: columns - 1] for line in text.splitlines()]
+        back = f"\x1b[{self._drawn_lines}A\x1b[J" if self._drawn_lines else ""
+        print(back + "\n".join(lines), file=self._stream, flush=True)
+        self._drawn_lines = len(lines)
+
+
+def _cells(trial: Trial, axes: Sequence[str], runs: bool) -> list[str]:
+    told = f" ({trial.origin})" if trial.origin == SEED_SETTING or trial.is_repeat else ""
+    name = f"{trial.number}{told}"
+    status = "running" if runs and trial.status == "unfinished" else trial.status
+    dice = "-" if trial.dice_so_far is None else f"{trial.dice_so_far:.4f}"
+    values = [_short(trial.params[axis]) if axis in trial.params else "-" for axis in axes]
+    return [name, status, str(trial.epoch), dice, *values]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

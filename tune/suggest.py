@@ -1,0 +1,150 @@
+"""Which point is tried next: the seed setting, given points, then at random, on a grid, or by Optuna.
+
+Takes the plan and the trials so far, gives new trials one by one. Trial number n of a random search or a grid is the
+same point whenever it is asked for, so a resumed or longer sweep goes on where it was. Optuna is told every earlier
+trial anew. Knows nothing of Ray; only this file imports optuna.
+"""
+
+import itertools
+import random
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from sft.config import TrainConfig
+from sft.settings import UserError
+from tune import trials
+from tune.options import Plan
+from tune.space import Axis, Space
+from tune.trials import SEED_SETTING, Trial
+
+FEWEST_RANDOM = 8  # points before TPE's model is trusted
+
+
+class Suggestions:
+    """New trials of a sweep, in order of number."""
+
+    def __init__(self, plan: Plan, known: Sequence[Trial]):
+        self._plan, self._base, self._space = plan, plan.seed_setting, plan.space
+        self._given = _given(plan)
+        self._next = 1 + max((trial.number for trial in known), default=-1)
+        self._tpe = _Tpe(plan.space, plan.seed_setting.seed, self._next) if plan.sweep.search == "optuna" else None
+        for trial in known:
+            self.ended(trial)
+
+    def next(self) -> Trial | None:
+        """The next new trial; None where all have been given."""
+        number = self._next
+        if number >= self._plan.sweep.num_trials:
+            return None
+        found = self._given[number] if number < len(self._given) else self._found(number)
+        if found is None:
+            return None
+        self._next += 1
+        return found
+
+    def ended(self, trial: Trial) -> None:
+        """Tells the search what a trial has come to."""
+        if self._tpe is not None and not trial.is_repeat and self._space.holds(trial.params):
+            self._tpe.tell(trial)
+
+    def _found(self, number: int) -> Trial | None:
+        search, later = self._plan.sweep.search, number - len(self._given)
+        match search:
+            case "random":
+                params = self._space.draw(random.Random(f"{self._base.seed} {number}"))
+            case "grid":
+                params = next(itertools.islice(self._space.grid(), later, None), None)
+            case "optuna":
+                params = self._tpe.ask(number)
+            case _:
+                raise ValueError(f"search {search!r}: expected random, grid or optuna")
+        return params and Trial(number, search, params, self._space.settings(params, self._base))
+
+
+def repeats(known: Sequence[Trial], base: TrainConfig, seeds: int, best: int = 3) -> list[Trial]:
+    """The best trials and the seed setting with other seeds: those that are not there yet.
+
+    Args:
+        known: all trials so far.
+        base: whose seed the sweep's own trials have.
+        seeds: how many seeds each of them has in the end, the sweep's own among them.
+        best: how many of the best.
+    """
+    own = [trial for trial in known if trial.rows and not trial.is_repeat]
+    chosen = sorted(own, key=lambda trial: -trial.dice_so_far)[:best]
+    chosen += [trial for trial in own if trial.origin == SEED_SETTING and trial not in chosen]
+    there = {trial.origin for trial in known}
+    number, found = 1 + max((trial.number for trial in known), default=-1), []
+    for trial, seed in itertools.product(chosen, range(base.seed + 1, base.seed + seeds)):
+        origin = f"trial {trial.number}, seed {seed}"
+        if origin not in there:
+            found.append(Trial(number + len(found), origin, trial.params, trial.settings | {"seed": seed}))
+    return found
+
+
+def new_trials(plan: Plan) -> int:
+    """Trials of the sweep in all, repeats with other seeds aside: a grid may have fewer points than asked for."""
+    if plan.sweep.search != "grid":
+        return plan.sweep.num_trials
+    return min(plan.sweep.num_trials, len(_given(plan)) + sum(1 for _ in plan.space.grid()))
+
+
+def check(plan: Plan) -> None:
+    """Raises UserError where the wanted search is not installed."""
+    if plan.sweep.search == "optuna":
+        try:
+            import optuna  # noqa: F401
+        except ImportError:
+            raise UserError("search optuna needs the package optuna: pip install 'sa2va-sft[optuna]'") from None
+
+
+def _given(plan: Plan) -> list[Trial]:
+    """What is tried before any search: the seed setting, and the points of --points."""
+    base, space = plan.seed_setting, plan.space
+    found = [Trial(0, SEED_SETTING, space.params_of(base), {})]
+    for number, settings in enumerate(plan.points, start=1):
+        config = trials.config_of(base, settings)
+        found.append(Trial(number, "points", space.params_of(config), settings))
+    return found
+
+
+class _Tpe:
+    """Optuna's tree-structured Parzen estimator; parameters that were tried together are modelled together."""
+
+    def __init__(self, space: Space, seed: int, first: int):
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # Other trials are still running: constant_liar keeps it from asking for the same point twice.
+            options = {"multivariate": True, "group": True, "constant_liar": True, "n_startup_trials": FEWEST_RANDOM}
+            sampler = optuna.samplers.TPESampler(seed=seed + first, **options)  # resumed: not the first points again
+        self._optuna, self._asked = optuna, {}
+        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+        self._distributions = {axis.name: self._distribution(axis) for axis in space.axes}
+
+    def ask(self, number: int) -> dict[str, Any]:
+        self._asked[number] = self._study.ask(self._distributions)
+        return dict(self._asked[number].params)
+
+    def tell(self, trial: Trial) -> None:
+        state = self._optuna.trial.TrialState
+        value, state = (trial.dice_so_far, state.COMPLETE) if trial.rows else (None, state.FAIL)
+        if asked := self._asked.pop(trial.number, None):
+            self._study.tell(asked, value, state=state)
+            return
+        params = {axis: trial.params[axis] for axis in self._distributions}
+        told = {"params": params, "distributions": self._distributions}
+        self._study.add_trial(self._optuna.trial.create_trial(state=state, value=value, **told))
+
+    def _distribution(self, axis: Axis) -> Any:
+        distributions = self._optuna.distributions
+        match axis.kind:
+            case "choice":
+                return distributions.CategoricalDistribution(axis.values)
+            case "randint":
+                return distributions.IntDistribution(*axis.values)
+            case _:
+                return distributions.FloatDistribution(*axis.values, log=axis.kind == "loguniform")

@@ -1,0 +1,177 @@
+"""One trial where it runs: the training of launch/train.py, told to Ray at every validation.
+
+Takes a sweep's folder and a number, reads what was drawn, trains from the trial's last checkpoint, notes every
+validation in the trial's folder before anyone is told of it. A mistake that would come again (too little memory, a loss
+that is no number) ends the trial with its reason; anything else is raised, and Ray tries again.
+"""
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray import train as ray_train
+from ray import tune
+
+from sft.config import TrainConfig, override
+from sft.settings import UserError
+from tune import trials
+from tune.trials import METRIC, Sweep, Trial
+
+TOLD = ("epoch", "dice", "dice_best", "threshold_best", "iou", "recall", "precision", "seg_rate")
+SPLIT_FILE = "split.json"  # of the sweep: every trial has the same validation images
+CRASH_FILE = "crash.txt"
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def run_trial(place: dict[str, Any]) -> None:
+    """Ray's trainable: one rank here, or several in processes of their own under Ray Train.
+
+    Args:
+        place: `sweep` (folder), `number`, `ranks`, and of each rank `needs` (CPU, GPU).
+    """
+    if place["ranks"] == 1:
+        train_trial(Path(place["sweep"]), place["number"], tune.report)
+        return
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    folder = trials.folder_of(Path(place["sweep"]), place["number"])
+    trainer = TorchTrainer(
+        _rank_of_trial,
+        train_loop_config=place,
+        scaling_config=ray_train.ScalingConfig(
+            num_workers=place["ranks"], use_gpu=place["needs"]["GPU"] > 0, resources_per_worker=place["needs"]
+        ),
+        run_config=ray_train.RunConfig(
+            name=f"ranks_{os.getpid()}", storage_path=str(folder / "ray"), callbacks=[TuneReportCallback()]
+        ),
+    )
+    trainer.fit()
+
+
+def train_trial(sweep_folder: Path, number: int, report: Report) -> None:
+    """Trains one trial to its end, from where it stands.
+
+    Args:
+        sweep_folder: holds sweep.json, split.json and the trials.
+        number: of the trial.
+        report: is told epoch and best Dice after each validation; may not return.
+    """
+    sweep = trials.read_sweep(sweep_folder)
+    folder = trials.folder_of(sweep_folder, number)
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        _limit_gpu_memory(sweep.gpus_per_trial)
+        config = settings_of(sweep, trials.read(folder), folder, is_main)
+        trial = trials.read(folder)
+        if trial.epoch < sweep.num_epochs:
+            _train(config, sweep_folder / SPLIT_FILE, Validations(folder, trial, sweep, report, is_main))
+        last = trials.read(folder).rows[-1]
+    except UserError as error:
+        if is_main:
+            trials.write_outcome(folder, "failed", str(error))
+        return
+    except Exception:
+        with (folder / CRASH_FILE).open("a", encoding="utf-8") as file:
+            file.write(traceback.format_exc())
+        raise
+    if is_main:
+        trials.write_outcome(folder, "finished")
+    report(told(last, number))
+
+
+class Validations:
+    """What `train` calls after each validation: notes it, then tells Ray.
+
+    Args:
+        folder: the trial's.
+        trial: as it was before this attempt.
+        sweep: whose epochs end it.
+        report: see `train_trial`.
+        is_main: whether this rank writes.
+    """
+
+    def __init__(self, folder: Path, trial: Trial, sweep: Sweep, report: Report, is_main: bool):
+        self._folder, self._trial, self._sweep = folder, trial, sweep
+        self._report, self._is_main = report, is_main
+        self._best, self._before_s = trial.dice_so_far, trial.device_s
+        self._start_s: float | None = None
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Takes a row of `train`."""
+        if row["epoch"] == 0 or self._start_s is None:
+            self._start_s = seconds_of_process()
+        if row["epoch"] == 0:
+            return
+        self._best = row["dice"] if self._best is None else max(self._best, row["dice"])
+        noted = {name: row[name] for name in TOLD if name in row} | {METRIC: self._best}
+        noted |= {"device_s": self._before_s + seconds_of_process(), "start_s": self._start_s, "time": time.time()}
+        if self._is_main:
+            trials.append_row(self._folder, noted)
+        if row["epoch"] < self._sweep.num_epochs:  # the last one is told when all is written
+            self._report(told(noted, self._trial.number))
+
+
+def settings_of(sweep: Sweep, trial: Trial, folder: Path, is_main: bool) -> TrainConfig:
+    """The TrainConfig of a trial: its settings, its folder, and the checkpoint it goes on from.
+
+    Raises:
+        UserError: the settings contradict each other, or the run's files were changed.
+    """
+    from sft import checkpoint
+
+    config = trials.config_of(TrainConfig(**sweep.base), trial.settings)
+    place = {"output_dir": str(folder), "save_every": sweep.base["validate_every"], "resume": None, "keep": "latest"}
+    runs = sorted(folder.glob(checkpoint.RUN_PATTERN))
+    if runs and (found := checkpoint.newest(runs[-1])) is not None:
+        place["resume"] = str(found)
+        if is_main:
+            _catch_up(folder, trial, found.parent, checkpoint.read_progress(found).epoch)
+    return override(config, place | {"gpu": None, "include": None})
+
+
+def told(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """What Ray is told of a validation."""
+    return {"epoch": row["epoch"], METRIC: row[METRIC], "number": number}
+
+
+def seconds_of_process() -> float:
+    """Since this process was started."""
+    import psutil
+
+    return time.time() - psutil.Process().create_time()
+
+
+def _rank_of_trial(place: dict[str, Any]) -> None:
+    train_trial(Path(place["sweep"]), place["number"], ray_train.report)
+
+
+def _train(config: TrainConfig, split_file: Path, on_validation: Callable[[dict], None]) -> None:
+    from sft.train import train  # torch and all the rest load here
+
+    train(config, on_validation, split_file)
+
+
+def _limit_gpu_memory(gpus_per_trial: float) -> None:
+    """Trials that share a GPU: none takes another's memory."""
+    if 0 < gpus_per_trial < 1:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(gpus_per_trial)
+
+
+def _catch_up(folder: Path, trial: Trial, run: Path, epoch: int) -> None:
+    """Notes the validations that a kill kept from the trial's folder: the checkpoint was on the disk before them."""
+    rows = json.loads((run / "training_log.json").read_text(encoding="utf-8"))
+    best = trial.dice_so_far or 0.0
+    for row in rows:
+        if row["kind"] == "val" and max(trial.epoch, 0) < row["epoch"] <= epoch:
+            best = max(best, row["dice"])
+            noted = {name: row[name] for name in TOLD if name in row}
+            trials.append_row(folder, noted | {METRIC: best, "device_s": trial.device_s, "time": time.time()})

@@ -1,9 +1,9 @@
 """Checkpoints that are complete or absent, and resuming from one.
 
 A checkpoint is a directory: what `write_model` puts there (adapter, tokenizer), `training_state.pt` (everything that
-training needs to go on, one file whatever the number of ranks, readable with `torch.load(weights_only=True)`), and,
-written last, `checkpoint.json` (progress, and the size of every file). It takes an engine and directories; it knows
-nothing of adapters, tokenizers or the loop.
+training needs to go on, one file whatever the number of ranks, readable with `torch.load(weights_only=True)`; a
+checkpoint that nobody resumes from has none), and, written last, `checkpoint.json` (progress, and the size of every
+file). It takes an engine and directories; it knows nothing of adapters, tokenizers or the loop.
 
 How a write survives a crash at any point: all of it goes to `NAME.partial` beside the target and to the disk; then
 NAME becomes NAME.previous, NAME.partial becomes NAME, and NAME.previous is removed. `clean_leftovers` finishes or
@@ -40,6 +40,7 @@ from sft.engine import (
 FORMAT = 1
 STATE_FILE = "training_state.pt"
 RECORD_FILE = "checkpoint.json"
+BEST, LATEST = "checkpoint_best", "checkpoint_latest"
 PARTIAL, PREVIOUS = ".partial", ".previous"
 RUN_PATTERN = "lora_sft_*"
 USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -71,6 +72,7 @@ def save(
     ranks: Ranks,
     write_model: Callable[[Path], None],
     progress: Progress,
+    resumable: bool = True,
 ) -> None:
     """Writes a checkpoint, replacing the one of the same name only when the new one is complete. Collective.
 
@@ -78,15 +80,14 @@ def save(
         directory: for instance RUN/checkpoint_best; its parent exists.
         write_model: called on the main rank with the folder to write adapter and tokenizer into. What it needs of
             the model has to be gathered before, on all ranks (`engine.trainable_state`).
+        progress: where training stands.
+        resumable: with training_state.pt, so that training can go on from it.
 
     Raises:
         UserError: no space, no permission (on every rank; the earlier checkpoint is intact).
         DivergedError: a weight is not finite; nothing is written.
     """
-    random_states = gather_objects(_random_state())
-    state = training_tensors(ds_engine)
-    state |= {"format": FORMAT, "progress": dataclasses.asdict(progress), "random_states": random_states}
-    failure = None
+    state, failure = _training_state(ds_engine, progress) if resumable else None, None
     if ranks.is_main:
         try:
             _write(directory, state, write_model, progress)
@@ -110,10 +111,10 @@ def load(directory: Path, ds_engine: Engine, ranks: Ranks) -> Progress:
     optimizer and schedule are the same; ranks beyond the saved ones get random states of their own.
 
     Raises:
-        UserError: not a complete checkpoint, not of this version, or its parameters are not this engine's: the
-            missing, left-over and differently shaped names are listed.
+        UserError: not a complete checkpoint with a training state, not of this version, or its parameters are not
+            this engine's: the missing, left-over and differently shaped names are listed.
     """
-    check_complete(directory)
+    check_complete(directory, resumable=True)
     state = _read_state(directory / STATE_FILE)
     _check_parameters(directory, state["parameters"], parameter_shapes(ds_engine))
     restore_training_tensors(ds_engine, state)
@@ -134,18 +135,18 @@ def find_resume(output_dir: Path, resume: str) -> Path:
     if resume != "auto":
         directory = Path(resume)
         _recover(directory)
-        check_complete(directory)
+        check_complete(directory, resumable=True)
         return directory
     found = []
     for run in sorted(Path(output_dir).glob(RUN_PATTERN), reverse=True):
-        directory = _newest_checkpoint(run)
+        directory = newest(run)
         if directory is None:
-            found.append(f"{run.name} (no complete checkpoint)")
+            found.append(f"{run.name} (no complete checkpoint with {STATE_FILE})")
             continue
         progress = read_progress(directory)
         if progress.epoch < progress.num_epochs:
             clean_leftovers(run)  # only here: another run may be writing at this moment
-            return _newest_checkpoint(run)
+            return newest(run)
         found.append(f"{run.name} (finished: epoch {progress.epoch}/{progress.num_epochs})")
     raise UserError(
         f"resume auto: no unfinished run with a checkpoint in {output_dir}; found: {', '.join(found) or 'no run'}. "
@@ -165,11 +166,12 @@ def clean_leftovers(run_directory: Path) -> None:
         _recover(run_directory / name)
 
 
-def check_complete(directory: Path) -> None:
-    """Raises UserError unless the directory is a complete checkpoint."""
-    if problem := _problem(directory):
-        beside = sorted(path.parent.name for path in directory.parent.glob(f"*/{RECORD_FILE}"))
-        raise UserError(f"{directory}: {problem}; complete checkpoints beside it: {', '.join(beside) or 'none'}")
+def check_complete(directory: Path, resumable: bool = False) -> None:
+    """Raises UserError unless the directory is a complete checkpoint, with `resumable` one to go on from."""
+    if problem := _problem(directory, resumable):
+        folders = sorted(path.parent for path in directory.parent.glob(f"*/{RECORD_FILE}"))
+        beside = ", ".join(folder.name for folder in folders if _problem(folder, resumable) is None) or "none"
+        raise UserError(f"{directory}: {problem}; {'resumable' if resumable else 'complete'} ones beside it: {beside}")
 
 
 def read_progress(directory: Path) -> Progress:
@@ -177,18 +179,19 @@ def read_progress(directory: Path) -> Progress:
     return Progress(**json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))["progress"])
 
 
-def checkpoint_bytes(trainable_parameters: int, adapter_bytes_per_parameter: int) -> int:
-    """Estimated size of one checkpoint: adapter, three fp32 values per parameter, and 16 MiB for the tokenizer."""
-    return trainable_parameters * (adapter_bytes_per_parameter + 3 * 4) + 2**24
+def checkpoint_bytes(trainable_parameters: int, adapter_bytes_per_parameter: int, resumable: bool = True) -> int:
+    """Estimated size of one checkpoint: adapter, 16 MiB for the tokenizer, and to resume three fp32 values a weight."""
+    return trainable_parameters * (adapter_bytes_per_parameter + 3 * 4 * resumable) + 2**24
 
 
-def check_disk(directory: Path, bytes_needed: int, checkpoints: int) -> None:
+def check_disk(directory: Path, bytes_needed: int, what: str, advice: str) -> None:
     """Checks before training that the checkpoints can be written.
 
     Args:
         directory: the run directory, or output_dir; created if it is not there.
-        bytes_needed: of one checkpoint.
-        checkpoints: how many will lie on the disk at the end; one more is needed while one is replaced.
+        bytes_needed: of all that will lie there at one time, and is not there yet.
+        what: needs them, for the error: "3 checkpoints".
+        advice: what would need less, for the error.
 
     Raises:
         UserError: not writable, or too little space.
@@ -199,21 +202,33 @@ def check_disk(directory: Path, bytes_needed: int, checkpoints: int) -> None:
             pass
     except OSError as error:
         raise UserError(f"{directory}: cannot write there ({error.strerror}); set another output_dir") from error
-    needed, free = bytes_needed * (checkpoints + 1), shutil.disk_usage(directory).free
-    if needed > free:
+    free = shutil.disk_usage(directory).free
+    if bytes_needed > free:
         raise UserError(
-            f"{directory}: {free / 2**30:.2f} GiB free, but {checkpoints} checkpoints and the one being replaced, "
-            f"{bytes_needed / 2**30:.2f} GiB each, need {needed / 2**30:.2f} GiB; free some space, raise save_every or "
-            "set another output_dir"
+            f"{directory}: {free / 2**30:.2f} GiB free, but {what} need {bytes_needed / 2**30:.2f} GiB; free some "
+            f"space, {advice} or set another output_dir"
         )
 
 
-def _write(directory: Path, state: dict[str, Any], write_model: Callable[[Path], None], progress: Progress) -> None:
+def _training_state(ds_engine: Engine, progress: Progress) -> dict[str, Any]:
+    """What training_state.pt holds. Collective; the tensors on the main rank alone."""
+    random_states = gather_objects(_random_state())
+    return training_tensors(ds_engine) | {
+        "format": FORMAT,
+        "progress": dataclasses.asdict(progress),
+        "random_states": random_states,
+    }
+
+
+def _write(
+    directory: Path, state: dict[str, Any] | None, write_model: Callable[[Path], None], progress: Progress
+) -> None:
     partial, previous = _sibling(directory, PARTIAL), _sibling(directory, PREVIOUS)
     _recover(directory)
     partial.mkdir()
     write_model(partial)
-    torch.save(state, partial / STATE_FILE)
+    if state is not None:
+        torch.save(state, partial / STATE_FILE)
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
     for path in files:
@@ -263,8 +278,8 @@ def _sibling(directory: Path, suffix: str) -> Path:
     return directory.with_name(directory.name + suffix)
 
 
-def _problem(directory: Path) -> str | None:
-    """Why a directory is no complete checkpoint; None if it is one."""
+def _problem(directory: Path, resumable: bool = False) -> str | None:
+    """Why a directory is no complete checkpoint, or none to go on from; None if it is one."""
     if not directory.is_dir():
         return "no such directory"
     try:
@@ -283,13 +298,15 @@ def _problem(directory: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    if resumable and STATE_FILE not in sizes:
+        return f"holds an adapter without {STATE_FILE}, so training cannot go on from it"
     return None
 
 
-def _newest_checkpoint(run: Path) -> Path | None:
-    """The complete checkpoint of most steps, also under the name that a cut-off write left it."""
-    complete = [path for path in run.glob("checkpoint_*") if path.is_dir() and _problem(path) is None]
-    return max(complete, key=lambda path: (read_progress(path).step, path.name), default=None)
+def newest(run: Path) -> Path | None:
+    """The checkpoint of most steps to go on from, also under the name that a cut-off write left it."""
+    resumable = [path for path in run.glob("checkpoint_*") if path.is_dir() and _problem(path, resumable=True) is None]
+    return max(resumable, key=lambda path: (read_progress(path).step, path.name), default=None)
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -116,6 +116,8 @@ class TrainConfig:
     """Distance between validations (epochs); the last epoch is always validated."""
     save_every: Annotated[int, Range(at_least=1)] = 3
     """Distance between kept checkpoints (epochs); the best one is always kept."""
+    keep: Literal["all", "latest"] = "all"
+    """Checkpoints that stay: all of them, each with its training state, or checkpoint_latest and the best adapter."""
     save_format: Literal["safetensors", "bin"] = "safetensors"
     """File format of the adapter."""
     seg_rate_samples: Annotated[int, Range(at_least=0)] = 8

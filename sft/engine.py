@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sft import gloo, zero_json
 from sft.config import TrainConfig, UserError, deepspeed_config_path
-from sft.finite import DivergedError
+from sft.finite import check_weights
 from sft.flat import Layout, Vector, Vectors, layout, vectors_of
 from sft.ranks import ensure_rank, was_launched
 
@@ -249,12 +249,17 @@ def trainable_state(ds_engine: Engine) -> dict[str, Tensor]:
 
     Returns:
         CPU copies on the main rank; an empty dict on the others.
+
+    Raises:
+        DivergedError: on every rank, if a value is not finite.
     """
-    state = {}
+    state, finite = {}, []
     for name, parameter in _trainable(ds_engine).items():
         with full_parameters(ds_engine, [parameter]):
+            finite.append(torch.isfinite(parameter.detach()).all())
             if torch.distributed.get_rank() == 0:
                 state[name] = parameter.detach().to("cpu", copy=True)
+    check_weights(finite)
     return state
 
 
@@ -268,21 +273,19 @@ def training_tensors(ds_engine: Engine) -> dict[str, Any]:
     Raises:
         DivergedError: on every rank, if a value is not finite.
     """
-    parameters, finite = {}, None
+    parameters, finite = {}, []
     for parameter, places in _optimised(ds_engine):
         whole = {
             "master": deepspeed.utils.safe_get_full_fp32_param(parameter),
             "exp_avg": deepspeed.utils.safe_get_full_optimizer_state(parameter, "exp_avg"),
             "exp_avg_sq": deepspeed.utils.safe_get_full_optimizer_state(parameter, "exp_avg_sq"),
         }
-        for value in whole.values():
-            finite = torch.isfinite(value).all() if finite is None else finite & torch.isfinite(value).all()
+        finite += [torch.isfinite(value).all() for value in whole.values()]
         if torch.distributed.get_rank() == 0:
             for key, value in whole.items():
                 for name, part in places.cut(value.detach()).items():
                     parameters.setdefault(name, {})[key] = part.to("cpu", copy=True)
-    if finite is not None and not bool(finite):
-        raise DivergedError("a trained weight is not finite (NaN or infinite): the checkpoint was not written")
+    check_weights(finite)
     steps = {int(state["step"]) for state in _adam_states(ds_engine)}
     assert len(steps) == 1, f"AdamW's partitions are at different steps: {sorted(steps)}"
     return {

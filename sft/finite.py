@@ -3,6 +3,8 @@
 Takes losses and gradient norms as tensors; knows nothing of the engine or the model.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed
 from torch import Tensor
@@ -14,6 +16,20 @@ NEVER = torch.iinfo(torch.int64).max
 
 class DivergedError(UserError):
     """The loss, the gradient or a weight is not finite: training cannot go on from here."""
+
+
+def check_weights(finite: Iterable[Tensor]) -> None:
+    """Stops before a checkpoint is written; every rank passes the same.
+
+    Args:
+        finite: a bool per trained weight: whether all of its values are finite.
+
+    Raises:
+        DivergedError: one is not.
+    """
+    finite = list(finite)
+    if finite and not bool(torch.stack(finite).all()):
+        raise DivergedError("a trained weight is not finite (NaN or infinite): the checkpoint was not written")
 
 
 class FiniteWatch:

@@ -27,6 +27,7 @@ FREE_ON_RESUME |= {
     "feature_cache_dir",
     "tensorboard",
     "save_every",
+    "keep",
     "save_format",
     "dry_run",
     "gradient_checkpointing",

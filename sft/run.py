@@ -29,8 +29,6 @@ from sft.report import NullLog, RunLog
 from sft.report.page import write_html
 from sft.report.pictures import ComparisonRow, comparison_picture
 
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.model")
-PROCESSOR_FILES = ("chat_template.*", "*processor_config.json")  # of the Qwen-VL families
 PICTURED = 4  # validation images in the comparison picture
 SIZES_TRIED = 16  # of the images' sizes, for the longest prompt: a tokenizer takes some ms
 
@@ -200,19 +198,6 @@ def tell_rejected(run: Run) -> None:
             run.log.line(f"warning: {line}")
 
 
-def save(run: Run, name: str) -> None:
-    """Writes checkpoint NAME with adapter, tokenizer and training state. Collective."""
-    trainable = engine.trainable_state(run.ds_engine)
-
-    def write_model(directory: Path) -> None:
-        lora.save_adapter(directory, run.peft_model, trainable, run.config.save_format)
-        for pattern in (*TOKENIZER_FILES, *PROCESSOR_FILES):
-            for file in run.loaded.directory.glob(pattern):
-                shutil.copyfile(file, directory / file.name)
-
-    checkpoint.save(run.directory / name, run.ds_engine, run.ranks, write_model, run.progress)
-
-
 def draw_comparison(run: Run) -> None:
     """Writes comparison.png: images, truth, masks of the base and of the best adapter; main rank only."""
     if not run.ranks.is_main:
@@ -282,12 +267,25 @@ def _prompt_tokens(preprocess: Preprocess, config: TrainConfig, width: int, heig
 
 def _check_disk(config: TrainConfig, size: ModelSize, resumed: Path | None) -> None:
     """Refuses an output_dir that cannot hold the checkpoints; makes nothing, so it looks at what exists of the path."""
-    done = checkpoint.read_progress(resumed).epoch if resumed else 0
-    of_epochs = -(-config.num_epochs // config.save_every) - done // config.save_every  # the last one rounds up
     trainable, value_bytes = size.lora_parameters + size.whole_parameters, 2 if config.precision == "bf16" else 4
+    whole, adapter = (checkpoint.checkpoint_bytes(trainable, value_bytes, resumable) for resumable in (True, False))
+    match config.keep:
+        case "all":
+            done = checkpoint.read_progress(resumed).epoch if resumed else 0
+            of_epochs = -(-config.num_epochs // config.save_every) - done // config.save_every  # the last one rounds up
+            needed = (1 + of_epochs + 1) * whole  # 1: the best; 1: beside the one it replaces
+            what = f"{1 + of_epochs} checkpoints and the one being replaced, {whole / GIB:.2f} GiB each,"
+            advice = "raise save_every, use --keep latest"
+        case "latest":
+            there = resumed is not None and resumed.name == checkpoint.LATEST
+            needed = (1 if there else 2) * whole + adapter
+            what = f"{checkpoint.LATEST}, the one it replaces and the best adapter"
+            advice = "lower lora_rank"
+        case _:
+            raise ValueError(f"keep {config.keep!r}: expected all or latest")
     folder = Path(config.output_dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    checkpoint.check_disk(existing, checkpoint.checkpoint_bytes(trainable, value_bytes), 1 + of_epochs)  # 1: the best
+    checkpoint.check_disk(existing, needed, what, advice)
 
 
 def _parameter_groups(peft_model, config: TrainConfig) -> list[dict]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sft import checkpoint, engine, losses, operations, validation
+from sft import checkpoint, engine, keep, losses, operations, validation
 from sft import run as runs
 from sft.checkpoint import Progress
 from sft.config import TrainConfig
@@ -64,6 +64,7 @@ def train(
     Args:
         config: all settings.
         on_validation: called on every rank with each validation row (epoch, step, dice, dice_best, ...), base included.
+            It may end the process: what the epoch saves is saved before.
         split_file: the split.json of another run, whose division into training and validation is taken over.
 
     Raises:
@@ -75,18 +76,18 @@ def train(
         runs.announce(run)
         runs.keep_features(run, all_items(run))
         if run.progress.epoch == 0:
-            validate_and_keep(run, on_validation)
+            hand_on(validate(run), on_validation)
         else:
             run.log.line(f"Resumed after epoch {run.progress.epoch} (step {run.progress.step})")
             run.pictures["base"] = validation.base_masks(run)
         run.log.start(run.steps_per_epoch * config.num_epochs, run.progress.step)
         for epoch in range(run.progress.epoch + 1, config.num_epochs + 1):
             train_epoch(run, epoch)
-            last = epoch == config.num_epochs
-            if last or epoch % config.validate_every == 0:
-                validate_and_keep(run, on_validation)
-            if last or epoch % config.save_every == 0:
-                runs.save(run, f"checkpoint_epoch_{epoch}")
+            row = validate(run) if _is_due(epoch, config.validate_every, config) else None
+            save(run)
+            if row is not None:
+                show(run)
+                hand_on(row, on_validation)
         return _finish(run)
 
 
@@ -174,8 +175,8 @@ def all_items(run: Run) -> list[Item]:
     return list(items)
 
 
-def validate_and_keep(run: Run, on_validation: Callable[[dict], None] | None) -> dict:
-    """Validates, logs, keeps the checkpoint if it is the best so far; of the base (epoch 0) only the figures."""
+def validate(run: Run) -> dict:
+    """Validates, logs, and takes over the figures of the base (epoch 0) or of the best epoch so far."""
     row = {"epoch": run.progress.epoch, "step": run.progress.step} | validation.validate(run)
     run.log.val(row)
     runs.tell_rejected(run)
@@ -197,12 +198,29 @@ def validate_and_keep(run: Run, on_validation: Callable[[dict], None] | None) ->
                 run.progress, best_dice=row["dice"], best_epoch=run.progress.epoch, figures=figures | _scores(row)
             )
             run.pictures["tuned"] = run.pictures["latest"]
-            runs.save(run, "checkpoint_best")
-            runs.draw_comparison(run)
-        runs.write_report(run)
+    return row
+
+
+def save(run: Run) -> None:
+    """Writes what is to stay of the epoch that just ended: the best so far, and what one goes on from."""
+    epoch = run.progress.epoch
+    if run.progress.best_epoch == epoch:  # first: what one goes on from must not name a best that is not there
+        keep.save_best(run)
+    if _is_due(epoch, run.config.save_every, run.config):
+        keep.save_epoch(run)
+
+
+def show(run: Run) -> None:
+    """Brings the pictures of the best adapter and the report up to the validation that just ended."""
+    if run.progress.best_epoch == run.progress.epoch:
+        runs.draw_comparison(run)
+    runs.write_report(run)
+
+
+def hand_on(row: dict, on_validation: Callable[[dict], None] | None) -> None:
+    """Gives a validation to the caller of `train`, who may end the process in this call."""
     if on_validation is not None:
         on_validation(row)
-    return row
 
 
 def dry_run(config: TrainConfig) -> Result:
@@ -219,12 +237,13 @@ def dry_run(config: TrainConfig) -> Result:
             run.data = dataclasses.replace(whole, train=whole.train[:per_step], val=whole.val[: config.val_batch_size])
             run.steps_per_epoch = 1
             runs.keep_features(run, items, now=all_items(run))
-            row = validate_and_keep(run, None)
+            row = validate(run)
             run.log.line(runs.memory_line(run))
             run.log.start(1)
             train_epoch(run, 1)
-            validate_and_keep(run, None)
-            checkpoint.load(run.directory / "checkpoint_best", run.ds_engine, ranks)
+            validate(run)
+            show(run)
+            checkpoint.load(keep.save_epoch(run), run.ds_engine, ranks)
             engine.barrier()  # nobody reads the folder any more
             run.log.line("Dry run: data, model, one step, one validation batch and one checkpoint are in order")
             return Result(run.directory, run.progress.best_dice, 1, row["dice"], row["dice_best"])
@@ -300,6 +319,11 @@ def _scores(row: dict) -> dict[str, float]:
     return {name: row[name] for name in ("dice", "dice_best", "threshold_best", "iou", "recall", "precision")}
 
 
+def _is_due(epoch: int, every: int, config: TrainConfig) -> bool:
+    """Whether something that comes every so many epochs, and at the end, comes after this epoch."""
+    return epoch == config.num_epochs or epoch % every == 0
+
+
 def _finish(run: Run) -> Result:
     """The closing lines."""
     figures, progress = run.progress.figures, run.progress
@@ -312,7 +336,7 @@ def _finish(run: Run) -> Result:
         f"gain {progress.best_dice - base_best:+.4f}"
     )
     log(f"  tuned at its best threshold {figures['threshold_best']:.2g}: {figures['dice_best']:.4f}")
-    for path in (run.directory / name for name in ("checkpoint_best", "comparison.png", "report.html")):
+    for path in (run.directory / name for name in (checkpoint.BEST, "comparison.png", "report.html")):
         if path.exists():
             log(f"  {path}")
     return Result(run.directory, progress.best_dice, progress.best_epoch, base, base_best)

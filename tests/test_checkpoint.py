@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -147,12 +148,12 @@ def saved(ranks, tmp_path):
     return run, ds_engine
 
 
-def fake(directory, epoch, step=None, num_epochs=3):
+def fake(directory, epoch, step=None, num_epochs=3, holds="training_state.pt"):
     """A complete checkpoint without tensors."""
     directory.mkdir(parents=True)
     progress = {"epoch": epoch, "num_epochs": num_epochs, "step": step or epoch * 10}
-    record = {"format": checkpoint.FORMAT, "progress": progress, "files": {"a.txt": 1}}
-    (directory / "a.txt").write_text("a")
+    record = {"format": checkpoint.FORMAT, "progress": progress, "files": {holds: 1}}
+    (directory / holds).write_text("a")
     (directory / "checkpoint.json").write_text(json.dumps(record))
     return directory
 
@@ -230,6 +231,26 @@ def test_layout_and_plain_types(saved):
 def test_estimated_size_is_that_of_the_file():
     """Measured for a large count: 12 bytes per parameter, and the adapter."""
     assert checkpoint.checkpoint_bytes(10**9, adapter_bytes_per_parameter=2) == pytest.approx(14e9, rel=0.01)
+    assert checkpoint.checkpoint_bytes(10**9, 2, resumable=False) == pytest.approx(2e9, rel=0.01)
+
+
+def test_an_adapter_alone_is_complete_and_nothing_to_go_on_from(ranks, saved):
+    run, ds_engine = saved
+    best = run / "checkpoint_best"
+    os.rename(best, run / "checkpoint_latest")
+    checkpoint.save(best, ds_engine, ranks, write_model, PROGRESS, resumable=False)
+    names = {path.name for path in best.iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "checkpoint.json"}
+    checkpoint.check_complete(best)
+    assert checkpoint.read_progress(best) == PROGRESS
+    expected = (
+        f"{best}: holds an adapter without training_state.pt, so training cannot go on from it; resumable ones beside "
+        "it: checkpoint_latest"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
+        checkpoint.load(best, ds_engine, ranks)
+    with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
+        checkpoint.find_resume(run.parent, str(best))
 
 
 def test_missing_left_over_and_reshaped_parameters_are_listed(ranks, saved):
@@ -385,6 +406,14 @@ def test_auto_takes_the_newest_checkpoint_of_the_newest_unfinished_run(tmp_path)
     assert not (run / "checkpoint_epoch_11.partial").exists()
 
 
+def test_auto_passes_over_an_adapter_alone(tmp_path):
+    fake(tmp_path / "lora_sft_20250101_000000" / "checkpoint_latest", 1)
+    fake(tmp_path / "lora_sft_20250101_000000" / "checkpoint_best", 2, holds="adapter_model.safetensors")
+    fake(tmp_path / "lora_sft_20250102_000000" / "checkpoint_best", 2, holds="adapter_model.safetensors")
+    found = checkpoint.find_resume(tmp_path, "auto")
+    assert found == tmp_path / "lora_sft_20250101_000000" / "checkpoint_latest"
+
+
 def test_auto_finds_a_checkpoint_that_a_crash_left_under_another_name(tmp_path):
     run = tmp_path / "lora_sft_20250101_000000"
     fake(run / "checkpoint_best.previous", 1)
@@ -402,7 +431,7 @@ def test_auto_without_anything_to_resume_says_what_it_found(tmp_path):
     with pytest.raises(UserError) as error:
         checkpoint.find_resume(tmp_path, "auto")
     assert "lora_sft_20250101_000000 (finished: epoch 3/3)" in str(error.value)
-    assert "lora_sft_20250102_000000 (no complete checkpoint)" in str(error.value)
+    assert "lora_sft_20250102_000000 (no complete checkpoint with training_state.pt)" in str(error.value)
 
 
 def test_an_explicit_path_is_taken_or_its_neighbours_are_named(tmp_path):
@@ -418,28 +447,32 @@ def test_an_explicit_path_is_taken_or_its_neighbours_are_named(tmp_path):
 
 
 def test_enough_space_and_permission_pass(tmp_path):
-    checkpoint.check_disk(tmp_path / "new" / "folder", bytes_needed=1000, checkpoints=3)
+    checkpoint.check_disk(tmp_path / "new" / "folder", 1000, "3 checkpoints", "raise save_every")
     assert list((tmp_path / "new" / "folder").iterdir()) == []
 
 
 def test_too_little_space_says_how_much(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 3 * 2**30))
-    checkpoint.check_disk(tmp_path, bytes_needed=2**30, checkpoints=2)
-    with pytest.raises(UserError, match="3.00 GiB free.* need 4.00 GiB"):
-        checkpoint.check_disk(tmp_path, bytes_needed=2**30, checkpoints=3)
+    checkpoint.check_disk(tmp_path, 3 * 2**30, "3 checkpoints", "raise save_every")
+    with pytest.raises(UserError) as error:
+        checkpoint.check_disk(tmp_path, 4 * 2**30, "4 checkpoints", "raise save_every")
+    assert str(error.value) == (
+        f"{tmp_path}: 3.00 GiB free, but 4 checkpoints need 4.00 GiB; free some space, raise save_every or set another "
+        "output_dir"
+    )
 
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write there"):
-        checkpoint.check_disk(tmp_path / "file" / "run", bytes_needed=1, checkpoints=1)
+        checkpoint.check_disk(tmp_path / "file" / "run", 1, "1 checkpoint", "")
 
     def refuse(**_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", refuse)
     with pytest.raises(UserError, match="Permission denied"):
-        checkpoint.check_disk(tmp_path, bytes_needed=1, checkpoints=1)
+        checkpoint.check_disk(tmp_path, 1, "1 checkpoint", "")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ LAYERS = (
     ("feature_fill", "pace", "verify"),
     ("features",),
     ("run", "pretrain", "card"),
-    ("validation",),
+    ("keep", "validation"),
     ("train",),
     ("benchmark",),
     SCRIPTS,

@@ -251,7 +251,8 @@ def test_data_with_errors_are_one_line(inputs, tmp_path, script, monkeypatch, ca
 
 def test_too_little_disk_is_one_line(inputs, tmp_path, script, monkeypatch, capsys):
     expected = (
-        r"GiB free, but 1000001 checkpoints and the one being replaced, .* raise save_every or set another output_dir"
+        r"GiB free, but 1000001 checkpoints and the one being replaced, .* raise save_every, use --keep latest or set "
+        "another output_dir"
     )
     check_mistake(script, monkeypatch, capsys, inputs, tmp_path, expected, num_epochs=10**6)
 

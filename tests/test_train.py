@@ -330,8 +330,33 @@ def test_killed_run_goes_on_with_auto_as_if_never_killed(inputs, tmp_path):
     resumed = train(settings(inputs, tmp_path / "killed", resume="auto", **RESTLESS))
     whole = train(settings(inputs, tmp_path / "whole", **RESTLESS))
     assert resumed.directory == killed
+    assert "Resumed after epoch 2 (step 4)" in (killed / "training.log").read_text(), "saved before the hook was called"
     assert rows(resumed) == rows(whole)
     assert resumed.dice == whole.dice
+
+
+def test_latest_alone_goes_on_bit_by_bit_with_the_best_figures(inputs, tmp_path):
+    """The hook sees what a process that ends in it would leave; one such state goes on in another place."""
+    config, hooked = settings(inputs, tmp_path / "one", keep="latest", **RESTLESS), []
+
+    def end(row):
+        if row["epoch"]:
+            run = only_run(tmp_path / "one")
+            hooked.append(checkpoint.read_progress(run / "checkpoint_latest"))
+            shutil.copytree(run, tmp_path / f"after{row['epoch']}" / run.name)
+
+    whole = train(config, end)
+    dice = values(whole, "val", "dice")[1:]
+    for epoch, progress in enumerate(hooked, start=1):
+        best = max(dice[:epoch])
+        assert (progress.epoch, progress.best_dice, progress.best_epoch) == (epoch, best, 1 + dice.index(best))
+    for epoch in (1, 2):
+        resumed = train(dataclasses.replace(config, resume="auto", output_dir=str(tmp_path / f"after{epoch}")))
+        assert f"Resumed after epoch {epoch} " in (resumed.directory / "training.log").read_text()
+        assert dataclasses.replace(resumed, directory=whole.directory) == whole
+        assert rows(resumed) == rows(whole)
+        for name in ("checkpoint_best/adapter_model.safetensors", "checkpoint_latest/training_state.pt"):
+            assert (resumed.directory / name).read_bytes() == (whole.directory / name).read_bytes(), name
 
 
 def test_resume_with_other_settings_names_them(inputs, plain):
@@ -359,7 +384,11 @@ def test_what_decides_no_figure_may_differ_after_a_resume(inputs, tmp_path):
         "feature_cache": "off",
         "output_dir": str(tmp_path / "two"),
         "num_workers": 1,
+        "keep": "latest",
     }
+    file = whole.directory / "config.json"
+    older = {name: value for name, value in json.loads(file.read_text()).items() if name != "keep"}
+    file.write_text(json.dumps(older))
     train(dataclasses.replace(config, resume=str(whole.directory / "checkpoint_epoch_1"), **free))
     assert rows(whole) == before
     assert "Resumed" in (tmp_path / "two" / "training.log").read_text(), "the latest log is where one asked for it"
@@ -520,6 +549,23 @@ def test_best_adapter_alone_gives_the_best_dice_again(inputs, tmp_path, save_for
     assert after == pytest.approx(before, abs=1e-3), "merging rounds"
 
 
+def test_latest_leaves_a_best_adapter_that_is_merged_and_validated_as_any(inputs, tmp_path):
+    config = settings(inputs, tmp_path / "out", keep="latest", num_epochs=5, save_every=2)
+    result, adapter = train(config), {"adapter_config.json", "adapter_model.safetensors", "checkpoint.json"}
+    adapter |= {"tokenizer.json", "tokenizer_config.json"}
+    left = {kept.name: {file.name for file in kept.iterdir()} for kept in result.directory.glob("checkpoint_*")}
+    assert left == {"checkpoint_best": adapter, "checkpoint_latest": adapter | {"training_state.pt"}}
+    assert checkpoint.read_progress(result.directory / "checkpoint_latest").epoch == 5
+    best = result.directory / "checkpoint_best"
+    assert checkpoint.read_progress(best).epoch == result.epoch
+    assert validation_dice(config, best) == result.dice
+    export(inputs / "model", best, tmp_path / "merged", torch.float32)
+    before, after = validate_directory(best, tmp_path / "merged")
+    assert before == result.dice and after == pytest.approx(before, abs=1e-3), "merging rounds"
+    with pytest.raises(UserError, match="holds an adapter without training_state.pt.*: checkpoint_latest$"):
+        train(dataclasses.replace(config, resume=str(best)))
+
+
 def test_conv_s0_and_conv_s1_train_with_the_mask_decoder(inputs, tmp_path):
     config = settings(inputs, tmp_path, train_modules=("mask_decoder",))
     result = train(config)
@@ -639,10 +685,11 @@ def test_seg_rate_can_be_left_out(inputs, tmp_path, monkeypatch):
 # Trying out
 
 
-def test_dry_run_does_everything_once_and_leaves_nothing(inputs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("keep", ["all", "latest"])
+def test_dry_run_does_everything_once_and_leaves_nothing(inputs, tmp_path, monkeypatch, capsys, keep):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    config = settings(inputs, tmp_path / "out", dry_run=True, tensorboard=True, num_epochs=15, save_every=3)
+    config = settings(inputs, tmp_path / "out", dry_run=True, tensorboard=True, num_epochs=15, save_every=3, keep=keep)
     result = train(config)
     assert not (tmp_path / "out").exists() and not result.directory.exists()
     assert list((tmp_path / "tmp").iterdir()) == []
@@ -677,6 +724,31 @@ def test_dry_run_looks_at_the_disk_the_run_would_fill(inputs, tmp_path, monkeypa
         train(settings(inputs, tmp_path / "a" / "b", dry_run=True, num_epochs=13, save_every=3))
     assert asked == [tmp_path] and not (tmp_path / "a").exists()
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("keep", "resumed", "whole", "adapters"),
+    [
+        *(("all", None, 7, 0), ("all", "checkpoint_epoch_6", 5, 0)),
+        *(("latest", None, 2, 1), ("latest", "checkpoint_epoch_6", 2, 1), ("latest", "checkpoint_latest", 1, 1)),
+    ],
+)
+def test_disk_must_hold_what_stays_and_one_more(inputs, tmp_path, monkeypatch, keep, resumed, whole, adapters):
+    """13 epochs, a checkpoint every 3; bf16: an adapter of 2 bytes a weight, 12 more to go on from it."""
+    config = settings(inputs, tmp_path, keep=keep, num_epochs=13, save_every=3, precision="bf16")
+    if resumed:
+        resumed = tmp_path / "lora_sft_20250101_000000" / resumed
+        resumed.mkdir(parents=True)
+        record = {"progress": dataclasses.asdict(checkpoint.Progress(epoch=6, num_epochs=13, step=12))}
+        (resumed / "checkpoint.json").write_text(json.dumps(record))
+    size = SimpleNamespace(lora_parameters=10**9, whole_parameters=0)
+    needed, free = whole * (14 * 10**9 + 2**24) + adapters * (2 * 10**9 + 2**24), []
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[-1]))
+    free.append(needed)
+    runs._check_disk(config, size, resumed)
+    free.append(needed - 1)
+    with pytest.raises(UserError, match="need .* GiB; free some space"):
+        runs._check_disk(config, size, resumed)
 
 
 # Ending early

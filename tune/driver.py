@@ -153,7 +153,7 @@ class Phase:
         of_rank = {"CPU": max(1, self._needs["CPU"] // ranks), "GPU": self._needs["GPU"] / ranks}
         place = {"sweep": str(self._folder), "ranks": ranks, "needs": of_rank}
         # Ranks of their own take the devices; the trial itself only waits for them.
-        bundle = self._needs if ranks == 1 else {"CPU": 0}
+        bundle = self._needs if ranks == 1 else {"CPU": 0, "memory": 1}  # a byte: Ray takes no empty request
         waiting = {trial.number for trial in queue}
         shown = LiveTable(self._sweep, samples + sum(trial.number not in waiting for trial in known))
         watch = Watch(self._folder, shown, suggestions)

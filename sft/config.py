@@ -66,8 +66,9 @@ class TrainConfig:
 
     num_epochs: Annotated[int, Range(at_least=1)] = 15
     """Passes over the training images (epochs)."""
-    batch_size: Annotated[int, Range(at_least=1)] = 1
-    """Images per rank and forward pass (samples)."""
+    batch_size: Annotated[int, Range(at_least=1)] | Literal["auto"] = 1
+    """Images per rank and forward pass (samples). auto: the largest that fits the GPU, at most 32 (4 on a CPU) and no
+    image twice in a step; learning rate, epochs and accumulation stay as given."""
     gradient_accumulation_steps: Annotated[int, Range(at_least=1)] = 1
     """Forward passes per optimizer step."""
     learning_rate: Annotated[float, Range(above=0, at_most=1)] = 1e-4

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -193,6 +194,13 @@ class Features:
         lines = self._store.rejected[self._rejected :]
         self._rejected += len(lines)
         return [f"{line}; computed again" for line in lines]
+
+    def blank(self, size_hw: tuple[int, int], count: int) -> Batch:
+        """A batch of black images of one size (pixels), read nowhere and kept nowhere: to try what a step takes."""
+        loaded = self._encoders.load([np.zeros((*size_hw, 3), np.uint8)])
+        item = Item(Pair("black", Path()))
+        prepared = {item: _Prepared(torch.zeros(size_hw, dtype=torch.bool), None)}
+        return self._collate((item,) * count, prepared, self._encoders.encode([loaded]) * count)
 
     def set_encoders_aside(self) -> None:
         """See `Encoders.set_aside`."""

@@ -55,10 +55,15 @@ def recomputed_layers(config: TrainConfig, size: ModelSize, device: torch.device
     """All, none, or as few as make the estimate fit the device."""
     if config.gradient_checkpointing != "auto":
         return size.layers if config.gradient_checkpointing else 0
+    usable = usable_bytes(device)
+    return 0 if usable is None else fewest_layers(config, size, ranks, MEMORY_SHARE * usable)
+
+
+def usable_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU that this process holds or could have; None on a CPU, where no limit is known."""
     if device.type != "cuda":
-        return 0
-    usable = free_gpu_bytes(device) + torch.cuda.memory_allocated(device)
-    return fewest_layers(config, size, ranks, MEMORY_SHARE * usable)
+        return None
+    return free_gpu_bytes(device) + torch.cuda.memory_allocated(device)
 
 
 def fewest_layers(config: TrainConfig, size: ModelSize, ranks: int, usable_bytes: float) -> int:

@@ -67,6 +67,11 @@ def check_same_settings(file: Path, config: TrainConfig) -> None:
         raise UserError(f"{file}: the run was started with {listed}; resume with its settings, or start a new run")
 
 
+def begun_batch_size(file: Path, config: TrainConfig) -> int | str:
+    """The number in a run's config.json where `batch_size auto` is to continue it; else the config's own."""
+    return _read(file)["batch_size"] if config.batch_size == "auto" else config.batch_size
+
+
 def settings_of_run(directory: Path) -> TrainConfig:
     """The settings in a run's config.json."""
     # Where features were kept is no part of a result, and older runs name places that are no more.

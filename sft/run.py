@@ -5,6 +5,7 @@ Takes a TrainConfig, gives a `Run` that the loop in train.py drives. It decides 
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -17,20 +18,18 @@ from typing import TypeVar
 
 import torch
 
-from sft import checkpoint, data, engine, pace, provenance, zero_json
+from sft import batch_size, checkpoint, data, engine, pace, provenance, zero_json
 from sft.config import TrainConfig, UserError
 from sft.feature_store import cache_directory, listed
 from sft.features import Features, Item
 from sft.finite import FiniteWatch
 from sft.memory import GIB, ModelSize, estimate, explain_out_of_memory, still_needed
 from sft.model import lora, published
-from sft.model.preprocess import Preprocess
 from sft.report import NullLog, RunLog
 from sft.report.page import write_html
 from sft.report.pictures import ComparisonRow, comparison_picture
 
 PICTURED = 4  # validation images in the comparison picture
-SIZES_TRIED = 16  # of the images' sizes, for the longest prompt: a tokenizer takes some ms
 
 Found = TypeVar("Found")
 
@@ -54,6 +53,8 @@ class Run:
     watch: FiniteWatch
     first_epoch: int
     """The first epoch that this process trains: 1, or more after a resume."""
+    batch_line: str
+    """How many images a step takes, in one line; with batch_size auto, also why."""
     pace_line: str
     """How a step is computed, in one line."""
     started_s: float = field(default_factory=time.monotonic)
@@ -77,15 +78,18 @@ def prepared(config: TrainConfig, scratch: Path | None = None, split_file: Path 
         UserError: anything the user can mend, before the first step; too little GPU memory at any time.
     """
     ranks = engine.start(config)
-    resumed = on_main(ranks, lambda: _find_resumed(config))
+    resumed, number = on_main(ranks, lambda: _find_resumed(config))
+    config = dataclasses.replace(config, batch_size=number)
     split_file = resumed.parent / "split.json" if resumed else split_file
     loaded_data = on_main(ranks, lambda: data.load(config, split_file=split_file))
     output_dir, features, size, run = scratch or Path(config.output_dir), None, None, None
     try:
-        loaded, peft_model, size = _load_model(config, ranks, loaded_data)
+        loaded, peft_model, size, largest = _load_model(config, ranks, loaded_data)
         on_main(ranks, lambda: _check_disk(config, size, resumed))
         features = Features(loaded.model, loaded.preprocess, config, ranks.device)
-        steps_per_epoch = count_steps(len(loaded_data.train), config, ranks.world_size)
+        attempt = functools.partial(batch_size.trial, peft_model, features, largest, size, ranks)
+        config, batch_line = batch_size.choose(config, size, len(loaded_data.train), ranks, attempt)
+        steps_per_epoch = batch_size.count_steps(len(loaded_data.train), config, ranks.world_size)
         steps = steps_per_epoch * config.num_epochs
         size, pace_line = pace.set_up(loaded.model, config, size, ranks.device, ranks.world_size, steps)
         groups = _parameter_groups(peft_model, config)
@@ -95,7 +99,8 @@ def prepared(config: TrainConfig, scratch: Path | None = None, split_file: Path 
         progress, logged_step = _restore(resumed, ds_engine, ranks, steps_per_epoch, config)
         directory, log = _open(config, ranks, loaded_data, output_dir, None if scratch else resumed, logged_step)
         parts = (config, ranks, directory, loaded_data, loaded, peft_model, size, features, ds_engine, log)
-        run = Run(*parts, steps_per_epoch, progress, FiniteWatch(ranks.device), progress.epoch + 1, pace_line)
+        watch = FiniteWatch(ranks.device)
+        run = Run(*parts, steps_per_epoch, progress, watch, progress.epoch + 1, batch_line, pace_line)
         with log:
             yield run
     except BaseException as error:
@@ -134,12 +139,6 @@ def on_main(ranks: engine.Ranks, function: Callable[[], Found]) -> Found:
     return found
 
 
-def count_steps(samples: int, config: TrainConfig, world_size: int) -> int:
-    """Optimizer steps of an epoch: the last one is filled up with samples from the epoch's beginning."""
-    per_step = config.batch_size * world_size * config.gradient_accumulation_steps
-    return -(-samples // per_step)
-
-
 def announce(run: Run) -> None:
     """Writes to the log what will run on what: data, device, what LoRA matched."""
     config, ranks = run.config, run.ranks
@@ -156,6 +155,7 @@ def announce(run: Run) -> None:
     for line in lora.describe(run.peft_model, config):
         log(line)
     steps = run.steps_per_epoch * config.num_epochs
+    log(run.batch_line)
     log(run.pace_line)
     log(f"{config.num_epochs} epochs of {run.steps_per_epoch} steps, {steps:,} in all")
 
@@ -222,31 +222,33 @@ def write_report(run: Run) -> None:
     write_html(run.directory / "report.html", run.directory.name, config, run.log.rows, names, shown)
 
 
-def _find_resumed(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from, of a run with these settings; None for a new run."""
+def _find_resumed(config: TrainConfig) -> tuple[Path | None, int | str]:
+    """The checkpoint to go on from, of a run with these settings, None for a new run; and the batch size to take."""
     if config.resume is None:
-        return None
+        return None, config.batch_size
     resumed = checkpoint.find_resume(Path(config.output_dir), config.resume)
     resumed = resumed.resolve() if resumed.name in ("", "..") else resumed  # its parent is the run
-    provenance.check_same_settings(resumed.parent / "config.json", config)
-    return resumed
+    record = resumed.parent / "config.json"
+    config = dataclasses.replace(config, batch_size=provenance.begun_batch_size(record, config))
+    provenance.check_same_settings(record, config)
+    return resumed, config.batch_size
 
 
 def _load_model(config: TrainConfig, ranks: engine.Ranks, loaded_data: data.Loaded):
-    """The base on this rank's device, the same wrapped with LoRA, and its size."""
+    """The base on this rank's device, the same wrapped with LoRA, its size, and the largest images."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     loaded = published.load(config.model_path, dtype=dtype, device=ranks.device)
     peft_model = lora.wrap(loaded.model, config)
     torch.manual_seed(config.seed + ranks.rank)  # dropout differs between ranks; lora_A was drawn the same on all
-    return loaded, peft_model, _model_size(loaded, peft_model, config, loaded_data)
+    largest = batch_size.largest(loaded_data.findings.summary.sizes, loaded.preprocess, config.question)
+    return loaded, peft_model, _model_size(loaded, peft_model, largest), largest
 
 
-def _model_size(loaded: published.Loaded, peft_model, config: TrainConfig, loaded_data: data.Loaded) -> ModelSize:
+def _model_size(loaded: published.Loaded, peft_model, largest: batch_size.Largest) -> ModelSize:
     """The figures of the memory estimate; call before ZeRO-3 takes the parameters apart."""
     named = [(name, p.numel()) for name, p in peft_model.named_parameters() if p.requires_grad]
     lora_parameters = sum(count for name, count in named if ".lora_" in name)
     language = loaded.model.decoder.config
-    sizes = sorted(loaded_data.findings.summary.sizes, key=math.prod, reverse=True) or [(512, 512)]
     return ModelSize(
         frozen_parameters=sum(p.numel() for p in peft_model.parameters() if not p.requires_grad),
         lora_parameters=lora_parameters,
@@ -254,15 +256,9 @@ def _model_size(loaded: published.Loaded, peft_model, config: TrainConfig, loade
         layers=language.num_hidden_layers,
         hidden=language.hidden_size,
         intermediate=language.intermediate_size,
-        tokens=max(_prompt_tokens(loaded.preprocess, config, width, height) for width, height in sizes[:SIZES_TRIED]),
-        mask_pixels=math.prod(sizes[0]),
+        tokens=largest.tokens,
+        mask_pixels=math.prod(largest.mask_hw),
     )
-
-
-def _prompt_tokens(preprocess: Preprocess, config: TrainConfig, width: int, height: int) -> int:
-    """Tokens of a sample with an image of this size."""
-    layout = preprocess.image_layout(height, width)
-    return preprocess.prompt([config.question], [layout]).input_ids_BL.shape[1]
 
 
 def _check_disk(config: TrainConfig, size: ModelSize, resumed: Path | None) -> None:

@@ -232,7 +232,7 @@ def dry_run(config: TrainConfig) -> Result:
             runs.announce(run)
             run.progress = Progress(epoch=0, num_epochs=config.num_epochs, step=0)  # also after a resume
             run.first_epoch = 1
-            whole, per_step = run.data, config.batch_size * config.gradient_accumulation_steps * ranks.world_size
+            whole, per_step = run.data, run.config.batch_size * config.gradient_accumulation_steps * ranks.world_size
             items = all_items(run)
             run.data = dataclasses.replace(whole, train=whole.train[:per_step], val=whole.val[: config.val_batch_size])
             run.steps_per_epoch = 1

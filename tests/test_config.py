@@ -132,6 +132,26 @@ def test_a_boolean_can_be_written_every_usual_way(flags: str, value: bool) -> No
     assert parse_args(flags.split()).gradient_checkpointing == value
 
 
+def test_batch_size_is_a_number_or_auto_everywhere(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "mine.yaml"
+    for value, text in (("auto", "auto"), (4, "4")):
+        file.write_text(f"batch_size: {text}\n")
+        config = parse_args(["--batch_size", text])
+        assert config.batch_size == value
+        assert config == parse_args(["--config", str(file)]) == TrainConfig(batch_size=text)
+        file.write_text(to_yaml(config))
+        assert parse_args(["--config", str(file)]) == config
+        with pytest.raises(SystemExit):
+            parse_args(["--batch_size", text, "--print_config"])
+        assert f"batch_size: {text}" in capsys.readouterr().out.splitlines()
+    for text in ("0", "-1", "1.5", "many", "Auto", "true"):
+        assert message_of("--batch_size", text) == (f"batch_size = {text} is not allowed: integer at least 1, or auto")
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "auto: the largest that fits the GPU" in told and "[integer at least 1, or auto; default 1]" in told
+
+
 def test_lists_take_commas_or_spaces_and_none_empties() -> None:
     both = ("text_hidden_fcs", "mask_decoder")
     assert parse_args(["--train_modules", "text_hidden_fcs,mask_decoder"]).train_modules == both

@@ -107,6 +107,27 @@ def test_an_image_that_comes_again_before_it_is_encoded_is_read_and_encoded_once
     assert sorted(reads) == ["v0", "v1", "v2"]
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"text_weight": 0.1, "train_modules": ("mask_decoder",)}, {"lora_scope": ("sam2_encoder",)}]
+)
+def test_a_blank_batch_is_like_one_of_real_images_of_its_size_and_encoded_once(made, pairs, changes):
+    features = made(keeps=False, **changes)
+    blank, calls = features.blank(SIZES_HW[0], 3), dict(features.calls)
+    assert calls == {"vision_features_of": 1, "sam2_features": 0 if "lora_scope" in changes else 1}
+    real = only(features, [Item(pairs[0])] * 3)
+
+    def shapes(value):
+        """All tensors in it, by shape and dtype."""
+        if isinstance(value, torch.Tensor):
+            return [(tuple(value.shape), value.dtype)]
+        parts = vars(value).values() if dataclasses.is_dataclass(value) else value
+        return [shape for part in parts if not isinstance(part, bool | None) for shape in shapes(part)]
+
+    for name in ("prompt", "vision", "sam2", "masks"):
+        assert shapes(getattr(blank, name)) == shapes(getattr(real, name)) != []
+    assert torch.equal(blank.prompt.input_ids_BL, real.prompt.input_ids_BL)
+
+
 def test_off_reads_ahead_and_encodes_an_image_once_a_batch(made, pairs):
     features = made(keeps=False)
     items = [Item(pair) for pair in pairs[:2]]

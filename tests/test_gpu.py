@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -44,6 +45,62 @@ def test_bf16_validation_of_the_base_is_near_fp32(config):
     in_bf16 = train(short)
     in_fp32 = train(dataclasses.replace(short, precision="fp32"))
     assert in_bf16.base_dice == pytest.approx(in_fp32.base_dice, abs=0.01)
+
+
+def number_and_line(config) -> tuple[int, str]:
+    """What `auto` chooses for a run that then takes no step, and the line that says why."""
+    from sft.run import prepared
+
+    with prepared(config) as run:
+        return run.config.batch_size, run.batch_line
+
+
+def test_batch_size_auto_fills_the_gpu_or_comes_to_its_end_and_trains(config):
+    """A step must run, and a larger one must not have been well within reach."""
+    from sft.batch_size import MOST, candidates
+    from sft.train import train
+
+    result = train(dataclasses.replace(config, batch_size="auto"))
+    number = json.loads((result.directory / "config.json").read_text())["batch_size"]
+    samples = len(json.loads((result.directory / "split.json").read_text())["train"])
+    row = rows_of(result, "train")[-1]
+    assert row["step"] == 2 * -(-samples // number)
+    total_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    assert number == candidates(samples, 1, MOST)[0] or row["gpu_gib"] > total_gib / 2
+
+
+def test_batch_size_auto_meets_a_real_end_of_memory(config):
+    """The process may take six tenths of what the trial took, beside what a trial leaves spare: fewer images fit."""
+    from sft.pace import MEMORY_SHARE, usable_bytes
+
+    config = dataclasses.replace(config, batch_size="auto")
+    before, line = number_and_line(config)
+    taken_bytes = float(re.search(r"a trial step took up to ([\d.]+) GiB", line)[1]) * 2**30
+    device = torch.device("cuda", 0)
+    spare_bytes = (1 - MEMORY_SHARE) / 2 * usable_bytes(device)
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((spare_bytes + 0.6 * taken_bytes) / total_bytes, device)
+    try:
+        after, line = number_and_line(config)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert 1 <= after < before and "ran out of memory in a trial step" in line
+
+
+def test_trial_on_cuda_leaves_weights_and_random_numbers_as_they_were(config):
+    """A run with `auto` begins where the run with its number begins, to the last bit."""
+    from sft.run import prepared
+
+    def begun(config) -> tuple:
+        with prepared(config) as run:
+            weights = {name: p.detach().cpu() for name, p in run.peft_model.named_parameters() if p.requires_grad}
+            return run.config.batch_size, torch.cuda.get_rng_state(), torch.get_rng_state(), weights
+
+    number, *states, weights = begun(dataclasses.replace(config, batch_size="auto"))
+    _, *given_states, given = begun(dataclasses.replace(config, batch_size=number))
+    assert all(torch.equal(state, other) for state, other in zip(states, given_states, strict=True))
+    assert weights.keys() == given.keys() and all(torch.equal(weights[name], given[name]) for name in weights)
 
 
 def test_resume_on_cuda_continues_the_same_run(config):

@@ -23,6 +23,7 @@ LAYERS = (
     ("checkpoint", "encoders", "gate", "operations", "predict", "provenance"),
     ("feature_fill", "pace", "verify"),
     ("features",),
+    ("batch_size",),
     ("run", "pretrain", "card"),
     ("keep", "validation"),
     ("train",),

@@ -25,12 +25,13 @@ import toy
 from small_runs import only_run, rows, settings, values
 
 import sft.data
-from sft import checkpoint, engine, losses, metrics, provenance, synthetic, validation
+from sft import batch_size, checkpoint, engine, losses, metrics, pace, provenance, synthetic, validation
 from sft import run as runs
 from sft import train as loop
 from sft.config import TrainConfig, UserError
 from sft.features import Features, Item
 from sft.finite import DivergedError
+from sft.memory import ModelSize
 from sft.model import lora, published
 from sft.model.export import export
 from sft.model.sa2va import upsample
@@ -71,6 +72,7 @@ def part_ranks(inputs, out):
     hooked, found = [], {}
     result = train(settings(inputs, out / "two", batch_size=1), hooked.append)
     found["hooked"] = hooked
+    found["auto"] = with_auto(settings(inputs, out / "auto", batch_size="auto"), ranks)
     config = settings(inputs, out / "dropout", batch_size=1, lora_dropout=0.3)
     whole = train(config)
     engine.barrier()
@@ -92,6 +94,26 @@ def part_ranks(inputs, out):
     (out / f"rank{ranks.rank}" / "found.json").write_text(json.dumps(found))
     engine.barrier()
     engine.shut_down()
+
+
+def with_auto(config, ranks):
+    """What is proposed where the second GPU has half the memory; what a run tries where it has room for one image."""
+    step, tried = batch_size._step, []
+    size = ModelSize(10**9, 10**8, 0, layers=36, hidden=2048, intermediate=11008, tokens=320, mask_pixels=0)
+
+    def limited(model, features, most, config, *rest):
+        tried.append(config.batch_size)
+        if ranks.rank == 1 and config.batch_size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step(model, features, most, config, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pace, "usable_bytes", lambda device: 2**36 >> ranks.rank)
+        proposed, _ = batch_size.choose(TrainConfig(batch_size="auto"), size, 1000, ranks, lambda config: 0)
+        patch.setattr(batch_size, "_step", limited)
+        patch.setattr(pace, "usable_bytes", lambda device: 2**31)
+        train(config)
+    return proposed.batch_size, tried
 
 
 def part_killed(inputs, out):
@@ -196,6 +218,13 @@ def test_two_ranks_go_on_from_one(pair):
     assert pair[2][0]["resumed from one"] == pair[2][1]["resumed from one"]
 
 
+def test_ranks_take_the_number_that_fits_all_of_them(pair):
+    assert pair[2][0]["auto"] == pair[2][1]["auto"] == [8, [2, 1]]  # the first alone would take 16
+    run = only_run(pair[0] / "auto")
+    assert json.loads((run / "config.json").read_text())["batch_size"] == 1
+    assert rows(run) == rows(only_run(pair[0] / "two"))
+
+
 def test_one_rank_goes_on_from_two(pair, inputs, tmp_path):
     shutil.copytree(pair[0] / "two", tmp_path / "two")
     shutil.rmtree(only_run(tmp_path / "two") / "checkpoint_epoch_2")
@@ -238,7 +267,7 @@ def test_accumulated_batches_are_one_batch(inputs, tmp_path):
 def fake_run(config, images, rank=0, world_size=1):
     pairs = tuple(SimpleNamespace(name=f"p{number}") for number in range(images))
     ranks = engine.Ranks(rank, rank, world_size, torch.device("cpu"))
-    steps = runs.count_steps(images, config, world_size)
+    steps = batch_size.count_steps(images, config, world_size)
     return SimpleNamespace(config=config, ranks=ranks, data=SimpleNamespace(train=pairs), steps_per_epoch=steps)
 
 

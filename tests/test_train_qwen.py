@@ -69,6 +69,18 @@ def test_kept_features_of_images_of_several_sizes_join_to_a_batch(made, family):
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
 
 
+def test_a_blank_batch_of_any_size_can_be_trained_on(made):
+    """What `batch_size auto` tries."""
+    features, _, peft_model, pairs = made
+    blank = features.blank((96, 128), 3)
+    (real,) = features.batches([[Item(pairs[0])] * 3])
+    assert torch.equal(blank.prompt.position_ids_3BL, real.prompt.position_ids_3BL)
+    assert blank.vision.tokens_MC.shape == real.vision.tokens_MC.shape
+    output = peft_model(blank.prompt, blank.vision, blank.sam2)
+    (output.masks.logits_Bhw.sum() + output.text_loss).backward()
+    assert any(parameter.grad is not None for parameter in peft_model.parameters())
+
+
 def test_encoders_set_aside_answer_as_before_and_are_no_parameters(made):
     features, loaded, peft_model, pairs = made
     (before,) = features.batches([[Item(pairs[0])]])

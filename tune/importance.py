@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.ensemble import RandomForestRegressor
 
-from tune.scales import Scale, scale
+from tune.scales import MISSING, Scale, scale
 from tune.space import Space
 from tune.tally import dice_of
 from tune.trials import Trial
@@ -68,7 +68,8 @@ def measure(space: Space, trials: Sequence[Trial]) -> tuple[Importance | None, s
     if np.ptp(dice_N) == 0:
         return None, f"All {len(kept)} finished or stopped trials have the same Dice: no parameter tells them apart."
     blocks = [
-        _features(scale(axis, (trial.params.get(axis.name) for trial in kept)), axis.name, kept) for axis in space.axes
+        _features(scale(axis, (trial.params.get(axis.name, MISSING) for trial in kept)), axis.name, kept)
+        for axis in space.axes
     ]
     if not any(_varies(block_NF) for block_NF in blocks):
         return None, f"No parameter varies among the {len(kept)} finished or stopped trials."
@@ -91,7 +92,7 @@ def _counts(trial: Trial) -> bool:
 
 def _features(scale: Scale, name: str, trials: Sequence[Trial]) -> np.ndarray:
     """N x F. A missing number stays NaN, which the forest takes; a missing category is none of them."""
-    numbers = [scale.number(trial.params.get(name)) for trial in trials]
+    numbers = [scale.number(trial.params.get(name, MISSING)) for trial in trials]
     if scale.kind == "categories":
         return np.array([[number == index for index in scale.numbers] for number in numbers], dtype=np.float32)
     return np.array([[np.nan if number is None else number] for number in numbers], dtype=np.float32)

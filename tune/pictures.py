@@ -21,7 +21,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from PIL import Image
 
 from tune.importance import METHOD, Importance
-from tune.scales import Scale, finite, scale
+from tune.scales import MISSING, Scale, finite, scale
 from tune.space import Space
 from tune.tally import best_trial, costs, dice_of, measured, rungs, saved, seed_trial, unit_of
 from tune.trials import Sweep, Trial
@@ -94,7 +94,7 @@ def parallel_coordinates(space: Space, trials: Sequence[Trial]) -> Figure:
     A missing value leaves a gap. A trial without a Dice is grey and ends at its last parameter.
     """
     shown = [trial for trial in trials if not trial.is_repeat]
-    scales = [scale(axis, (trial.params.get(axis.name) for trial in shown)) for axis in space.axes]
+    scales = [scale(axis, (trial.params.get(axis.name, MISSING) for trial in shown)) for axis in space.axes]
     figure, axes = _axes("Parameters and Dice", (max(WIDE_IN, 1.25 * (len(scales) + 1)), 5.2))
     if (best := best_trial(trials)) is None:
         return _nothing(axes)
@@ -102,7 +102,10 @@ def parallel_coordinates(space: Space, trials: Sequence[Trial]) -> Figure:
     dice_scale = Scale("Dice", "linear", floor, dice_of(best), (), ())
     spread = _spread(scales, shown)
     for trial in sorted(shown, key=lambda trial: (dice_of(trial) or 0.0, -trial.number)):
-        places = [_place(one, trial.params.get(one.name), spread.get((one.name, trial.number), 0.0)) for one in scales]
+        places = [
+            _place(one, trial.params.get(one.name, MISSING), spread.get((one.name, trial.number), 0.0))
+            for one in scales
+        ]
         places.append(np.nan if dice_of(trial) is None else _place(dice_scale, max(dice_of(trial), floor)))
         axes.plot(places, marker="o", markersize=2.5, **_line_look(trial, trials, dice_scale))
     for index, one in enumerate([*scales, dice_scale]):
@@ -278,7 +281,7 @@ def _spread(scales: Sequence[Scale], trials: Sequence[Trial]) -> dict[tuple[str,
     for one in scales:
         groups: dict[float, list[Trial]] = {}
         for trial in trials if one.choices else ():
-            if (place := one.place(trial.params.get(one.name))) is not None:
+            if (place := one.place(trial.params.get(one.name, MISSING))) is not None:
                 groups.setdefault(place, []).append(trial)
         for group in groups.values():
             group.sort(key=lambda trial: (dice_of(trial) or 0.0, trial.number))

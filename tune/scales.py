@@ -14,6 +14,8 @@ from tune.space import Axis, scale_of
 
 TICK_GAP = 0.055
 """Least distance of two labels on an axis of length 1."""
+MISSING: Any = object()
+"""In place of a value that a trial does not tell; None is a value, the `none` of a setting."""
 SMALL = 1e-3
 """Numbers below it are shown with an exponent."""
 
@@ -37,7 +39,7 @@ class Scale:
         """The value as this scale counts it: its logarithm, itself or the index of its category; None for no place."""
         if self.kind == "categories":
             text = shown(value)
-            return float(self.choices.index(text)) if value is not None and text in self.choices else None
+            return float(self.choices.index(text)) if value is not MISSING and text in self.choices else None
         return _number(value, self.kind)
 
     def place(self, value: Any) -> float | None:
@@ -65,9 +67,9 @@ class Scale:
 
 
 def scale(axis: Axis, values: Iterable[Any]) -> Scale:
-    """The scale of an axis that also holds these values; None among them is left out."""
+    """The scale of an axis that also holds these values, those MISSING aside."""
     kind = scale_of(axis)
-    values = [value for value in values if value is not None]
+    values = [value for value in values if value is not MISSING]
     if kind == "categories":
         choices = tuple(dict.fromkeys(shown(value) for value in [*axis.values, *values]))
         return Scale(axis.name, kind, 0.0, float(len(choices) - 1), choices, tuple(map(float, range(len(choices)))))
@@ -85,6 +87,8 @@ def finite(value: Any) -> float | None:
 
 def shown(value: Any) -> str:
     """A value in few characters: three digits of a number, small ones as 2.5e-4, the names of a list."""
+    if value is MISSING:
+        return "–"
     if isinstance(value, list | tuple):
         return ", ".join(map(shown, value)) or "none"
     if isinstance(value, float):

@@ -9,11 +9,12 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from tune.scales import finite
 from tune.trials import SEED_SETTING, Status, Sweep, Trial, best_of
 
+STATUSES: tuple[Status, ...] = ("finished", "stopped", "failed", "unfinished")
 REPEAT = re.compile(r"trial (\d+), seed ")
 HOUR_S, MINUTE_S = 3600.0, 60.0
 
@@ -56,7 +57,7 @@ def rungs(sweep: Sweep) -> list[int]:
 def counted(trials: Sequence[Trial]) -> str:
     """How the trials stand, in words: `3 finished, 5 stopped`."""
     counts = Counter(trial.status for trial in trials)
-    return ", ".join(f"{count} {status}" for status in get_args(Status) if (count := counts[status]))
+    return ", ".join(f"{count} {status}" for status in STATUSES if (count := counts[status]))
 
 
 @dataclass(frozen=True)

@@ -180,8 +180,8 @@ def test_ticks_are_round_and_apart(axis, labels):
 
 
 def test_values_as_text():
-    assert [shown(value) for value in (2.345e-4, 0.00144, 12, True, None, ["a", "b"], (), float("nan"), MISSING)] == [
-        "2.35e-4", "0.00144", "12", "true", "none", "a, b", "none", "–", "–",
+    assert [shown(value) for value in (2.345e-4, 0.00144, 12, True, None, ["a", "b c"], (), float("nan"), MISSING)] == [
+        "2.35e-4", "0.00144", "12", "true", "none", "a, b c", "none", "–", "–",
     ]  # fmt: skip
 
 
@@ -468,7 +468,7 @@ def pngs() -> dict[str, bytes]:
 
 
 def test_hostile_text_is_text_everywhere(tmp_path):
-    bad = '</td><script>alert("$x_{")</script>\'"&'
+    bad = "$x_{$</td><script>alert(1)</script>'\"&"
     space = Space((Axis("question", "choice", (bad, "plain")),), {})
     base = sweep_of().base | {"model_path": bad, "data_root": bad, "question": bad}
     sweep = sweep_of(space, name=bad, base=base, search=bad, versions={bad: bad}, command=["x", bad], started=bad)
@@ -482,6 +482,7 @@ def test_hostile_text_is_text_everywhere(tmp_path):
     found = Page(text)
     assert found.tags.count("script") == 1 and text.count("<script") == 1 and "alert(" in found.text
     assert found.text.count(bad) >= 8
+    assert bad in Page(page.page(sweep, trials, pngs(), bad)).text
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 from sft.report import format_duration
 from sft.report.page import STYLE
+from sft.settings import as_text
 from tune.scales import MISSING, finite, shown
 from tune.space import KINDS, SAME_SUM
 from tune.tally import best_row, best_trial, counted, dice_of, repeat_of, repeats, rungs, saved, seed_trial, verdict
@@ -20,7 +21,9 @@ from tune.trials import Sweep, Trial
 MORE_STYLE = """
 body{max-width:1180px}.verdict{font-size:21px;font-weight:600;margin:18px 0 4px}
 img{border:0}.pair{align-items:start}.wide{overflow-x:auto}
-.wide table{font-size:13.5px}.wide td,.wide th{padding:3px 12px 3px 0;white-space:nowrap}
+.wide table{font-size:13.5px}
+.wide td,.wide th{padding:3px 12px 3px 0;white-space:nowrap;max-width:240px;overflow:hidden;
+ text-overflow:ellipsis}
 .wide th{white-space:normal;vertical-align:bottom}
 .wide small{display:block;max-width:190px;overflow:hidden;text-overflow:ellipsis;color:#6a7078}
 tr.best td{background:#e8f2fa}tr.seed td{background:#fdf0e6}
@@ -80,7 +83,7 @@ def page(sweep: Sweep, trials: Sequence[Trial], pictures: dict[str, bytes], impo
         _heading(sweep, trials),
         _best_settings(sweep, trials),
         _repeats(trials),
-        _pictures(pictures, importance),
+        _pictures(pictures, importance) if best_trial(trials) else "",
         _trials(sweep, trials),
         _what_was_run(sweep),
     ]
@@ -268,12 +271,16 @@ def _what_was_run(sweep: Sweep) -> str:
 
 def _space(sweep: Sweep) -> str:
     """The space as its YAML would say it."""
-    lines = [
-        f"{axis['name']}: {{{axis['kind']}: [{', '.join(map(shown, axis['values']))}]}}" for axis in sweep.space["axes"]
-    ]
+    lines = [f"{axis['name']}: {{{axis['kind']}: {_yaml(axis['values'])}}}" for axis in sweep.space["axes"]]
     lines += [f"{name}: {{{KINDS[-1]}: {text}}}" for name, text in sweep.space["expressions"].items()]
-    lines += [f"{SAME_SUM}: [{', '.join(sweep.space['same_sum'])}]"] if sweep.space["same_sum"] else []
+    lines += [f"{SAME_SUM}: {_yaml(sweep.space['same_sum'])}"] if sweep.space["same_sum"] else []
     return "\n".join(lines)
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_yaml, value))}]"
+    return as_text(value) if isinstance(value, str) else shown(value)
 
 
 def _dice(value: Any) -> str:

@@ -9,6 +9,7 @@ import functools
 import io
 import statistics
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from PIL import Image
 
@@ -41,6 +43,8 @@ CROWD = 40
 """More trials than this are drawn thinner and fainter."""
 BAND = 0.05
 """Width of the band into which lines through one choice are spread, on an axis of length 1."""
+CHINESE = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Microsoft YaHei")
+"""For letters that DejaVu Sans, which comes with matplotlib, lacks; where they are installed."""
 LOOK = {
     "font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT,
     "axes.labelcolor": FAINT, "xtick.color": FAINT, "ytick.color": FAINT, "text.color": INK, "grid.color": GRID,
@@ -52,7 +56,8 @@ LOOK = {
 def _in_our_look(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     @functools.wraps(draw)
     def drawn(*arguments, **named) -> Figure:
-        with style.context(["default", LOOK]):
+        fonts = ["DejaVu Sans", *(name for name in CHINESE if name in get_font_names())]
+        with style.context(["default", LOOK, {"font.family": fonts}]):
             return draw(*arguments, **named)
 
     return drawn
@@ -81,7 +86,7 @@ def learning_curves(sweep: Sweep, trials: Sequence[Trial]) -> Figure:
     margin = max(0.01 * sweep.num_epochs, 0.1)
     axes.set_xlim(1 - margin, sweep.num_epochs + margin)
     axes.xaxis.set_major_locator(MaxNLocator(16, integer=True, steps=[1, 2, 5, 10]))
-    late = np.nanquantile(_curve(best)[1], 0.15)  # of the best trial all but the first epochs is seen
+    late = np.nanquantile(_curve(best)[1], 0.15, method="lower")  # of the best trial all but the first epochs is seen
     _cut_below(axes, min(_floor(drawn, seed), late), [dice for trial in drawn for dice in _curve(trial)[1]])
     axes.grid(axis="y")
     return _with_legend(figure, 4)
@@ -194,7 +199,8 @@ def device_time(sweep: Sweep, trials: Sequence[Trial]) -> Figure:
 def png(figure: Figure) -> bytes:
     """A figure as PNG of 256 colours, a third of the size of all; the same figure gives the same bytes."""
     canvas, file = FigureCanvasAgg(figure), io.BytesIO()
-    with style.context(["default", LOOK]):
+    with style.context(["default", LOOK]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a box stands for a letter that no font has
         canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
     picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, "PNG")
@@ -224,6 +230,7 @@ def _axes(title: str, size_in: tuple[float, float]) -> tuple[Figure, Axes]:
 
 def _nothing(axes: Axes, text: str = "No trial has a Dice yet.") -> Figure:
     axes.axis("off")
+    axes.figure.set_figheight(1.8)
     axes.text(0.5, 0.5, "\n".join(textwrap.wrap(text, 60)), ha="center", va="center", color=FAINT)
     return axes.figure
 

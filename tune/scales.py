@@ -97,7 +97,7 @@ def shown(value: Any) -> str:
         small = 0 < abs(value) < SMALL
         mantissa, _, power = f"{value:.2e}".partition("e")
         return f"{float(mantissa):g}e{int(power)}" if small else f"{value:.3g}"
-    return as_text(value)
+    return value if isinstance(value, str) and value else as_text(value)
 
 
 def _number(value: Any, kind: str) -> float | None:

@@ -44,6 +44,7 @@ def sweep_of(space: Space = SPACE, **changes) -> Sweep:
         "name": "sweep_1", "base": base, "space": json.loads(json.dumps(as_record(space))), "search": "random",
         "num_trials": 4, "early_stop": True, "grace_epochs": 2, "reduction": 2, "seed": 0, "gpus_per_trial": 1.0,
         "started": "2026-11-25 21:00:00", "versions": {"torch": "2.13.0"}, "command": ["tune/search.py", "--seed", "0"],
+        "options": {},
     }  # fmt: skip
     return Sweep(**known | changes)
 

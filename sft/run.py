@@ -28,6 +28,7 @@ from sft.model.preprocess import Preprocess
 from sft.report import NullLog, RunLog
 from sft.report.page import write_html
 from sft.report.pictures import ComparisonRow, comparison_picture
+from sft.writer import Writer
 
 PICTURED = 4  # validation images in the comparison picture
 SIZES_TRIED = 16  # of the images' sizes, for the longest prompt: a tokenizer takes some ms
@@ -49,6 +50,7 @@ class Run:
     features: Features
     ds_engine: engine.Engine
     log: RunLog | NullLog
+    writer: Writer
     steps_per_epoch: int
     progress: checkpoint.Progress
     watch: FiniteWatch
@@ -93,8 +95,9 @@ def prepared(config: TrainConfig, scratch: Path | None = None) -> Iterator[Run]:
         progress, logged_step = _restore(resumed, ds_engine, ranks, steps_per_epoch, config)
         directory, log = _open(config, ranks, loaded_data, output_dir, None if scratch else resumed, logged_step)
         parts = (config, ranks, directory, loaded_data, loaded, peft_model, size, features, ds_engine, log)
-        run = Run(*parts, steps_per_epoch, progress, FiniteWatch(ranks.device), progress.epoch + 1, pace_line)
-        with log:
+        state = (steps_per_epoch, progress, FiniteWatch(ranks.device), progress.epoch + 1, pace_line)
+        run = Run(*parts, Writer(log.line), *state)
+        with log, run.writer:
             yield run
     except BaseException as error:
         told = error

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -976,6 +977,20 @@ def test_a_failed_write_ends_the_run_one_epoch_later_or_at_its_end(inputs, tmp_p
     monkeypatch.undo()
     if failing < 3:
         assert train(dataclasses.replace(config, resume="auto")).directory == run
+
+
+def test_a_failed_write_is_told_after_an_epoch_that_saves_nothing(inputs, tmp_path, monkeypatch):
+    def written_by_then(run, epoch):
+        train_epoch(run, epoch)
+        if epoch == 3:
+            futures.wait([run.writer._job])
+
+    train_epoch = loop.train_epoch
+    monkeypatch.setattr(loop, "train_epoch", written_by_then)
+    monkeypatch.setattr(lora, "save_adapter", full_disk)
+    with pytest.raises(UserError, match="checkpoint_epoch_2: the checkpoint could not be written"):
+        train(settings(inputs, tmp_path, num_epochs=6, save_every=2, validate_every=6))
+    assert values(only_run(tmp_path), "train", "epoch") == [1, 2, 3]
 
 
 @pytest.mark.parametrize("reason", [KeyboardInterrupt, SystemExit, ZeroDivisionError])

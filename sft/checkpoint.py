@@ -3,7 +3,9 @@
 A checkpoint is a directory: what `write_model` puts there (adapter, tokenizer), `training_state.pt` (everything that
 training needs to go on, one file whatever the number of ranks, readable with `torch.load(weights_only=True)`; a
 checkpoint that nobody resumes from has none), and, written last, `checkpoint.json` (progress, and the size of every
-file). It takes an engine and directories; it knows nothing of adapters, tokenizers or the loop.
+file). It takes an engine, directories and a `Writer`; it knows nothing of adapters, tokenizers or the loop.
+
+Training waits for the snapshot in host memory alone; the files are written beside the steps that follow.
 
 How a write survives a crash at any point: all of it goes to `NAME.partial` beside the target and to the disk; then
 NAME becomes NAME.previous, NAME.partial becomes NAME, and NAME.previous is removed. `clean_leftovers` finishes or
@@ -17,6 +19,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -26,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sft.config import UserError
 from sft.engine import (
@@ -34,8 +38,10 @@ from sft.engine import (
     gather_objects,
     parameter_shapes,
     restore_training_tensors,
+    trainable_state,
     training_tensors,
 )
+from sft.writer import Writer
 
 FORMAT = 1
 STATE_FILE = "training_state.pt"
@@ -67,41 +73,43 @@ class Progress:
 
 
 def save(
-    directory: Path,
+    targets: dict[Path, bool],
     ds_engine: Engine,
     ranks: Ranks,
-    write_model: Callable[[Path], None],
+    write_model: Callable[[Path, dict[str, Tensor]], None],
     progress: Progress,
-    resumable: bool = True,
+    writer: Writer,
 ) -> None:
-    """Writes a checkpoint, replacing the one of the same name only when the new one is complete. Collective.
+    """Takes a snapshot of training and has it written in the background. Collective.
+
+    A checkpoint replaces the one of the same name only when it is complete. The write before is waited for, so one
+    snapshot at a time lies in the main rank's host memory, until it is written: the adapter, 2 bytes per trained weight
+    in bf16 and 4 in fp32, twice while its file is written, and for a resumable target 12 more (master and moments).
 
     Args:
-        directory: for instance RUN/checkpoint_best; its parent exists.
-        write_model: called on the main rank with the folder to write adapter and tokenizer into. What it needs of
-            the model has to be gathered before, on all ranks (`engine.trainable_state`).
+        targets: directory, for instance RUN/checkpoint_best -> whether it is resumable, that is, gets a
+            training_state.pt. Written in this order; their parents exist.
+        write_model: called in the background with a folder to write adapter and tokenizer into, and
+            `engine.trainable_state`.
         progress: where training stands.
-        resumable: with training_state.pt, so that training can go on from it.
+        writer: of this run; `writer.wait()` before anything reads what was saved.
 
     Raises:
-        UserError: no space, no permission (on every rank; the earlier checkpoint is intact).
+        UserError: the write before failed for want of space or permission; the earlier checkpoint is intact.
         DivergedError: a weight is not finite; nothing is written.
     """
-    state, failure = _training_state(ds_engine, progress) if resumable else None, None
+    writer.wait()
+    trainable = trainable_state(ds_engine)
+    state = _training_state(ds_engine, progress) if any(targets.values()) else None
+
+    def write() -> None:
+        for directory, resumable in targets.items():
+            _write_or_explain(
+                directory, state if resumable else None, lambda folder: write_model(folder, trainable), progress
+            )
+
     if ranks.is_main:
-        try:
-            _write(directory, state, write_model, progress)
-        except Exception as error:  # every rank has to learn of it, or the others wait for ever
-            shutil.rmtree(_sibling(directory, PARTIAL), ignore_errors=True)
-            failure = error
-    by_user = isinstance(failure, OSError) and failure.errno in USER_ERRNOS
-    message, by_user = gather_objects((failure and f"{type(failure).__name__}: {failure}", by_user))[0]
-    if message is None:
-        return
-    text = f"{directory}: the checkpoint could not be written ({message}); an earlier one is intact"
-    if by_user:
-        raise UserError(f"{text}; free some space or set another output_dir, then resume") from failure
-    raise RuntimeError(text) from failure
+        writer.submit(write)
 
 
 def load(directory: Path, ds_engine: Engine, ranks: Ranks) -> Progress:
@@ -220,6 +228,31 @@ def _training_state(ds_engine: Engine, progress: Progress) -> dict[str, Any]:
     }
 
 
+def _write_or_explain(
+    directory: Path, state: dict[str, Any] | None, write_model: Callable[[Path], None], progress: Progress
+) -> None:
+    try:
+        _write(directory, state, write_model, progress)
+    except Exception as error:
+        shutil.rmtree(_sibling(directory, PARTIAL), ignore_errors=True)
+        message = f"{type(error).__name__}: {error}"
+        text = f"{directory}: the checkpoint could not be written ({message}); an earlier one is intact"
+        if _errno(error) in USER_ERRNOS:
+            raise UserError(f"{text}; free some space or set another output_dir, then resume") from error
+        raise RuntimeError(text) from error
+
+
+def _errno(error: BaseException | None) -> int | None:
+    """The operating system's number of an error that torch raised while it handled one, or safetensors put in words."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.errno
+        if in_words := re.search(r"\(os error (\d+)\)", str(error)):
+            return int(in_words[1])
+        error = error.__context__
+    return None
+
+
 def _write(
     directory: Path, state: dict[str, Any] | None, write_model: Callable[[Path], None], progress: Progress
 ) -> None:
@@ -228,7 +261,8 @@ def _write(
     partial.mkdir()
     write_model(partial)
     if state is not None:
-        torch.save(state, partial / STATE_FILE)
+        with (partial / STATE_FILE).open("wb") as file:  # given a path, torch would forget why writing failed
+            torch.save(state, file)
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
     for path in files:

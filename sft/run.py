@@ -28,6 +28,7 @@ from sft.model import lora, published
 from sft.report import NullLog, RunLog
 from sft.report.page import write_html
 from sft.report.pictures import ComparisonRow, comparison_picture
+from sft.writer import Writer
 
 PICTURED = 4  # validation images in the comparison picture
 
@@ -48,6 +49,7 @@ class Run:
     features: Features
     ds_engine: engine.Engine
     log: RunLog | NullLog
+    writer: Writer
     steps_per_epoch: int
     progress: checkpoint.Progress
     watch: FiniteWatch
@@ -99,9 +101,9 @@ def prepared(config: TrainConfig, scratch: Path | None = None, split_file: Path 
         progress, logged_step = _restore(resumed, ds_engine, ranks, steps_per_epoch, config)
         directory, log = _open(config, ranks, loaded_data, output_dir, None if scratch else resumed, logged_step)
         parts = (config, ranks, directory, loaded_data, loaded, peft_model, size, features, ds_engine, log)
-        watch = FiniteWatch(ranks.device)
-        run = Run(*parts, steps_per_epoch, progress, watch, progress.epoch + 1, batch_line, pace_line)
-        with log:
+        state = (steps_per_epoch, progress, FiniteWatch(ranks.device), progress.epoch + 1, batch_line, pace_line)
+        run = Run(*parts, Writer(log.line), *state)
+        with log, run.writer:
             yield run
     except BaseException as error:
         told = error

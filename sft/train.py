@@ -64,7 +64,7 @@ def train(
     Args:
         config: all settings.
         on_validation: called on every rank with each validation row (epoch, step, dice, dice_best, ...), base included.
-            It may end the process: what the epoch saves is saved before.
+            It may end the process: what the epoch saves is on the disk by then.
         split_file: the split.json of another run, whose division into training and validation is taken over.
 
     Raises:
@@ -76,7 +76,7 @@ def train(
         runs.announce(run)
         runs.keep_features(run, all_items(run))
         if run.progress.epoch == 0:
-            hand_on(validate(run), on_validation)
+            hand_on(run, validate(run), on_validation)
         else:
             run.log.line(f"Resumed after epoch {run.progress.epoch} (step {run.progress.step})")
             run.pictures["base"] = validation.base_masks(run)
@@ -87,7 +87,8 @@ def train(
             save(run)
             if row is not None:
                 show(run)
-                hand_on(row, on_validation)
+                hand_on(run, row, on_validation)
+        run.writer.wait()
         return _finish(run)
 
 
@@ -202,12 +203,12 @@ def validate(run: Run) -> dict:
 
 
 def save(run: Run) -> None:
-    """Writes what is to stay of the epoch that just ended: the best so far, and what one goes on from."""
-    epoch = run.progress.epoch
-    if run.progress.best_epoch == epoch:  # first: what one goes on from must not name a best that is not there
-        keep.save_best(run)
-    if _is_due(epoch, run.config.save_every, run.config):
-        keep.save_epoch(run)
+    """Has what is to stay of the epoch that just ended written beside the next steps."""
+    run.writer.check()  # a write that failed ends the run after this epoch, not at the next save
+    best = run.progress.best_epoch == run.progress.epoch
+    due = _is_due(run.progress.epoch, run.config.save_every, run.config)
+    if best or due:
+        keep.save(run, as_best=best, to_resume=due)
 
 
 def show(run: Run) -> None:
@@ -217,9 +218,10 @@ def show(run: Run) -> None:
     runs.write_report(run)
 
 
-def hand_on(row: dict, on_validation: Callable[[dict], None] | None) -> None:
+def hand_on(run: Run, row: dict, on_validation: Callable[[dict], None] | None) -> None:
     """Gives a validation to the caller of `train`, who may end the process in this call."""
     if on_validation is not None:
+        run.writer.wait()
         on_validation(row)
 
 
@@ -243,7 +245,9 @@ def dry_run(config: TrainConfig) -> Result:
             train_epoch(run, 1)
             validate(run)
             show(run)
-            checkpoint.load(keep.save_epoch(run), run.ds_engine, ranks)
+            keep.save(run, as_best=False, to_resume=True)
+            run.writer.wait()
+            checkpoint.load(keep.to_resume_from(run), run.ds_engine, ranks)
             engine.barrier()  # nobody reads the folder any more
             run.log.line("Dry run: data, model, one step, one validation batch and one checkpoint are in order")
             return Result(run.directory, run.progress.best_dice, 1, row["dice"], row["dice_best"])

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 import toy
+from safetensors.torch import save_file
 
 from sft import checkpoint, engine
 from sft.checkpoint import Progress
 from sft.config import TrainConfig, UserError
 from sft.finite import DivergedError
+from sft.writer import Writer
 
 HALF = toy.TOTAL_STEPS // 2
 PROGRESS = Progress(epoch=1, num_epochs=2, step=HALF, best_dice=0.5, best_epoch=1, figures={"base_dice": 0.25})
@@ -28,9 +30,16 @@ ONE_RANK_CASES = [(1, False, "bf16"), (2, False, "bf16"), (2, False, "fp32"), (3
 TWO_RANK_CASES = [(2, False, "bf16"), (2, False, "fp32"), (3, False, "bf16")]
 
 
-def write_model(directory):
+def write_model(directory, trainable=None):
     (directory / "adapter_config.json").write_text("{}")
     (directory / "adapter_model.safetensors").write_bytes(b"weights")
+
+
+def save(directory, ds_engine, ranks, write_model=write_model, resumable=True):
+    """A checkpoint that is on the disk afterwards."""
+    with Writer(print) as writer:
+        checkpoint.save({directory: resumable}, ds_engine, ranks, write_model, PROGRESS, writer)
+        writer.wait()
 
 
 def draws():
@@ -58,7 +67,7 @@ def difference_after_resume(ranks, folder, stage, offload, precision):
     directory = folder / f"checkpoint_{stage}_{offload}_{precision}"
     uninterrupted = toy.build(settings, ranks, dropout=0.2)
     toy.train(uninterrupted, settings, ranks, range(HALF))
-    checkpoint.save(directory, uninterrupted, ranks, write_model, PROGRESS)
+    save(directory, uninterrupted, ranks)
     losses = toy.train(uninterrupted, settings, ranks, range(HALF, toy.TOTAL_STEPS))
     expected = {"losses": losses, "draws": draws(), "state": dict(enumerate(everything(uninterrupted)))}
     resumed = toy.build(settings, ranks, other_start=True, dropout=0.2)
@@ -73,7 +82,7 @@ def half_run(ranks, folder, per_rank):
     settings = toy.config(folder, precision="fp32", batch_size=per_rank)
     ds_engine = toy.build(settings, ranks)
     toy.train(ds_engine, settings, ranks, range(HALF))
-    checkpoint.save(folder / "half", ds_engine, ranks, write_model, PROGRESS)
+    save(folder / "half", ds_engine, ranks)
     toy.train(ds_engine, settings, ranks, range(HALF, toy.TOTAL_STEPS))
     save_state(ranks, ds_engine, folder / "end.pt")
 
@@ -112,16 +121,24 @@ def two_ranks(folder):
 
 
 def failed_write(ranks, folder):
-    """The type of the error on this rank when the main rank's disk is full."""
+    """The errors here when the main rank's disk is full: at the next save, and when the write is waited for."""
 
-    def full_disk(directory):
+    def full_disk(directory, trainable):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     ds_engine = toy.build(toy.config(folder, precision="fp32"), ranks)
-    try:
-        checkpoint.save(folder / "half", ds_engine, ranks, full_disk, PROGRESS)
-    except UserError as error:
-        return f"{error}"
+    found = []
+    with Writer(print) as writer:
+
+        def start(write):
+            checkpoint.save({folder / "half": True}, ds_engine, ranks, write, PROGRESS, writer)
+
+        for told_by in (lambda: start(write_model), writer.wait):
+            start(full_disk)
+            with pytest.raises(UserError) as error:
+                told_by()
+            found.append(str(error.value))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +161,7 @@ def saved(ranks, tmp_path):
     run = tmp_path / "lora_sft_20250101_000000"
     run.mkdir()
     ds_engine = toy.build(toy.config(tmp_path), ranks)
-    checkpoint.save(run / "checkpoint_best", ds_engine, ranks, write_model, PROGRESS)
+    save(run / "checkpoint_best", ds_engine, ranks)
     return run, ds_engine
 
 
@@ -198,7 +215,11 @@ def test_two_ranks_print_nothing(pair):
 def test_a_full_disk_stops_every_rank_with_the_same_line(pair):
     first, second = (found["failed write"] for found in pair[2])
     assert first == second
-    assert "No space left on device" in first
+    expected = (
+        f"{pair[0]}/two/half: the checkpoint could not be written (OSError: [Errno 28] No space left on device); "
+    )
+    expected += "an earlier one is intact; free some space or set another output_dir, then resume"
+    assert first == [expected, expected]
     assert checkpoint.read_progress(pair[0] / "two" / "half") == PROGRESS
 
 
@@ -238,7 +259,7 @@ def test_an_adapter_alone_is_complete_and_nothing_to_go_on_from(ranks, saved):
     run, ds_engine = saved
     best = run / "checkpoint_best"
     os.rename(best, run / "checkpoint_latest")
-    checkpoint.save(best, ds_engine, ranks, write_model, PROGRESS, resumable=False)
+    save(best, ds_engine, ranks, resumable=False)
     names = {path.name for path in best.iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "checkpoint.json"}
     checkpoint.check_complete(best)
@@ -302,9 +323,33 @@ def test_weights_that_are_not_finite_are_not_saved(ranks, tmp_path):
     state = engine.training_tensors(ds_engine)
     state["parameters"]["head.bias"]["master"][1] = float("nan")
     engine.restore_training_tensors(ds_engine, state)
-    with pytest.raises(DivergedError, match="not written"):
-        checkpoint.save(tmp_path / "checkpoint_best", ds_engine, ranks, write_model, PROGRESS)
+    for resumable in (True, False):
+        with pytest.raises(DivergedError, match="not written"):
+            save(tmp_path / "checkpoint_best", ds_engine, ranks, resumable=resumable)
     assert not (tmp_path / "checkpoint_best").exists()
+
+
+def safetensors_says(directory, trainable):
+    save_file({"a": torch.zeros(1)}, directory / "no such folder" / "adapter.safetensors")
+
+
+def torch_says(directory, trainable):
+    with open("/dev/full", "wb") as file:
+        torch.save({"a": torch.zeros(2**20)}, file)
+
+
+def test_the_reason_is_found_in_the_errors_of_the_libraries(ranks, saved, monkeypatch):
+    """They wrap or reword what the operating system said."""
+    run, ds_engine = saved
+    monkeypatch.setattr(checkpoint, "USER_ERRNOS", (errno.ENOSPC, errno.ENOENT))
+    for write in (safetensors_says, torch_says):
+        with pytest.raises(UserError, match="could not be written .*; free some space or set another output_dir"):
+            save(run / "checkpoint_best", ds_engine, ranks, write)
+    monkeypatch.setattr(checkpoint, "USER_ERRNOS", ())
+    with pytest.raises(RuntimeError, match="could not be written .*; an earlier one is intact$"):
+        save(run / "checkpoint_best", ds_engine, ranks, torch_says)
+    assert [path.name for path in run.iterdir()] == ["checkpoint_best"]
+    checkpoint.check_complete(run / "checkpoint_best")
 
 
 # A crash at any point
@@ -329,7 +374,7 @@ def crash_points(monkeypatch, point):
     monkeypatch.setattr(checkpoint.os, "replace", until_crash(os.replace))
     monkeypatch.setattr(checkpoint.shutil, "rmtree", until_crash(shutil.rmtree))
     monkeypatch.setattr(checkpoint, "_to_disk", until_crash(checkpoint._to_disk))
-    monkeypatch.setattr(checkpoint.torch, "save", until_crash(lambda state, path: path.write_bytes(b"tensors")))
+    monkeypatch.setattr(checkpoint.torch, "save", until_crash(lambda state, file: file.write(b"tensors")))
 
 
 @pytest.mark.parametrize("existing", [True, False])

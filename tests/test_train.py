@@ -15,6 +15,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +44,7 @@ from sft.validation import validate_directory
 # Everything at once that could make a continued run differ: random numbers, accumulation, views, recomputation.
 RESTLESS = {"lora_dropout": 0.3, "gradient_accumulation_steps": 2, "batch_size": 1, "augment": True, "num_epochs": 3}
 RESTLESS |= {"text_weight": 0.1, "gradient_checkpointing": True, "train_modules": ("text_hidden_fcs",)}
+PATIENCE_S = 60  # only where a test fails
 FEW_TOKENS = 3  # a random model never says [SEG]; under ZeRO-3 each token takes long
 
 
@@ -52,6 +55,10 @@ def zero3(folder, whole_up_to):
     path = Path(folder) / "zero3_slices.json"
     path.write_text(json.dumps({"zero_optimization": zero}))
     return {"deepspeed_config": str(path)}
+
+
+def full_disk(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def interrupted(result):
@@ -88,6 +95,11 @@ def part_ranks(inputs, out):
         with pytest.raises(UserError) as error:
             train(settings(inputs, out / "refused", **changes))
         found[name] = str(error.value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora, "save_adapter", full_disk)
+        with pytest.raises(UserError) as error:
+            train(settings(inputs, out / "full", batch_size=1, num_epochs=1))
+    found["full"] = str(error.value)
     train(
         settings(inputs, out / "dry", dry_run=True, resume=str(result.directory / "checkpoint_epoch_1"), batch_size=1)
     )
@@ -114,6 +126,26 @@ def with_auto(config, ranks):
         patch.setattr(pace, "usable_bytes", lambda device: 2**31)
         train(config)
     return proposed.batch_size, tried
+
+
+def part_killed_writing(inputs, out):
+    """A run that is killed in its third epoch, while the checkpoint of its second is being written."""
+    writing, to_disk, train_epoch = threading.Event(), checkpoint._to_disk, loop.train_epoch
+
+    def stuck(path):
+        if path.parent.name == "checkpoint_epoch_2.partial":
+            writing.set()
+            threading.Event().wait()
+        to_disk(path)
+
+    def kill(run, epoch):
+        if epoch == 3:
+            assert writing.wait(PATIENCE_S)
+            os.kill(os.getpid(), signal.SIGKILL)
+        train_epoch(run, epoch)
+
+    checkpoint._to_disk, loop.train_epoch = stuck, kill
+    train(settings(inputs, out, **RESTLESS))
 
 
 def part_killed(inputs, out):
@@ -242,6 +274,13 @@ def test_a_mistake_is_one_error_on_both_ranks_and_leaves_nothing(pair):
     assert not (pair[0] / "refused").exists()
 
 
+def test_a_full_disk_is_one_error_on_both_ranks_at_the_end_at_the_latest(pair):
+    first, second = pair[2]
+    assert first["full"] == second["full"] and "checkpoint could not be written (OSError" in first["full"]
+    log = (pair[0] / "full" / "training.log").read_text().splitlines()
+    assert log[-1] == f"error: {first['full']}" and any(line.startswith("Val 1/1") for line in log)
+
+
 def test_a_dry_run_of_two_ranks_leaves_nothing(pair):
     assert not (pair[0] / "dry").exists()
     assert list((pair[0] / "tmp").iterdir()) == []
@@ -347,8 +386,9 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_by_bit(inputs, tmp_path):
     assert [path.name for path in tmp_path.glob("lora_sft_*")] == [whole.directory.name]
 
 
-def test_killed_run_goes_on_with_auto_as_if_never_killed(inputs, tmp_path):
-    command = [sys.executable, __file__, "killed", str(inputs), str(tmp_path / "killed")]
+@pytest.mark.parametrize("part", ["killed", "killed writing"])
+def test_killed_run_goes_on_with_auto_as_if_never_killed(inputs, tmp_path, part):
+    command = [sys.executable, __file__, part, str(inputs), str(tmp_path / "killed")]
     environ = os.environ | {"PYTHONPATH": str(toy.ROOT)}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
         environ.pop(name, None)
@@ -356,10 +396,12 @@ def test_killed_run_goes_on_with_auto_as_if_never_killed(inputs, tmp_path):
     assert process.returncode == -signal.SIGKILL, process.stderr
     killed = only_run(tmp_path / "killed")
     assert [row["epoch"] for row in rows(killed, "val")] == [0, 1, 2], "training_log.json is valid after kill -9"
+    left = {path.name for path in killed.glob("checkpoint_epoch_2*")}
+    assert left == {"checkpoint_epoch_2" if part == "killed" else "checkpoint_epoch_2.partial"}
     resumed = train(settings(inputs, tmp_path / "killed", resume="auto", **RESTLESS))
     whole = train(settings(inputs, tmp_path / "whole", **RESTLESS))
     assert resumed.directory == killed
-    assert "Resumed after epoch 2 (step 4)" in (killed / "training.log").read_text(), "saved before the hook was called"
+    assert list(killed.glob("*.partial")) == []
     assert rows(resumed) == rows(whole)
     assert resumed.dice == whole.dice
 
@@ -904,6 +946,114 @@ def test_a_full_disk_ends_the_run_with_one_line(inputs, tmp_path, monkeypatch):
     assert train(settings(inputs, tmp_path, resume="auto")).directory == only_run(tmp_path)
 
 
+def test_a_slow_write_holds_up_no_step(inputs, tmp_path, monkeypatch):
+    """The first checkpoint stays unwritten until the second epoch is trained; everything is written in its order."""
+    trained, to_disk, train_epoch, seen = threading.Event(), checkpoint._to_disk, loop.train_epoch, []
+
+    def slow(path):
+        assert trained.wait(PATIENCE_S)
+        to_disk(path)
+
+    def watched(run, epoch):
+        train_epoch(run, epoch)
+        if epoch == 2:
+            seen.extend(path.name for path in run.directory.glob("checkpoint_*") if "." not in path.name)
+            trained.set()
+
+    def noted(directory, *arguments):
+        write(directory, *arguments)
+        written.append((directory.name, checkpoint.read_progress(directory).epoch))
+
+    write, written = checkpoint._write, []
+    monkeypatch.setattr(checkpoint, "_to_disk", slow)
+    monkeypatch.setattr(checkpoint, "_write", noted)
+    monkeypatch.setattr(loop, "train_epoch", watched)
+    result = train(settings(inputs, tmp_path, num_epochs=3))
+    assert seen == []
+    dice = values(result, "val", "dice")[1:]
+    best = [epoch for epoch in (1, 2, 3) if dice[epoch - 1] > max([-1, *dice[: epoch - 1]])]
+    expected = [
+        (name, epoch)
+        for epoch in (1, 2, 3)
+        for name in (["checkpoint_best"] if epoch in best else []) + [f"checkpoint_epoch_{epoch}"]
+    ]
+    assert written == expected
+    for name, _ in expected:
+        checkpoint.check_complete(result.directory / name)
+
+
+@pytest.mark.parametrize(("failing", "trained"), [(1, [1, 2]), (2, [1, 2, 3]), (3, [1, 2, 3])])
+def test_a_failed_write_ends_the_run_one_epoch_later_or_at_its_end(inputs, tmp_path, monkeypatch, failing, trained):
+    def save_adapter(directory, *arguments):
+        if directory.name == f"checkpoint_epoch_{failing}.partial":
+            full_disk()
+        write(directory, *arguments)
+
+    write = lora.save_adapter
+    monkeypatch.setattr(lora, "save_adapter", save_adapter)
+    config = settings(inputs, tmp_path, num_epochs=3)
+    with pytest.raises(UserError) as error:
+        train(config)
+    run = only_run(tmp_path)
+    assert str(error.value) == (
+        f"{run}/checkpoint_epoch_{failing}: the checkpoint could not be written (OSError: [Errno 28] No space left on "
+        "device); an earlier one is intact; free some space or set another output_dir, then resume"
+    )
+    assert (tmp_path / "training.log").read_text().splitlines()[-1] == f"error: {error.value}"
+    assert values(run, "train", "epoch") == trained
+    kept = {path.name for path in run.glob("checkpoint_*")}
+    assert kept == {"checkpoint_best", *(f"checkpoint_epoch_{epoch}" for epoch in range(1, failing))}
+    monkeypatch.undo()
+    if failing < 3:
+        assert train(dataclasses.replace(config, resume="auto")).directory == run
+
+
+def test_a_failed_write_is_told_after_an_epoch_that_saves_nothing(inputs, tmp_path, monkeypatch):
+    def written_by_then(run, epoch):
+        train_epoch(run, epoch)
+        if epoch == 3:
+            futures.wait([run.writer._job])
+
+    train_epoch = loop.train_epoch
+    monkeypatch.setattr(loop, "train_epoch", written_by_then)
+    monkeypatch.setattr(lora, "save_adapter", full_disk)
+    with pytest.raises(UserError, match="checkpoint_epoch_2: the checkpoint could not be written"):
+        train(settings(inputs, tmp_path, num_epochs=6, save_every=2, validate_every=6))
+    assert values(only_run(tmp_path), "train", "epoch") == [1, 2, 3]
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, SystemExit, ZeroDivisionError])
+@pytest.mark.parametrize("fails", [False, True])
+def test_whatever_ends_the_run_a_write_in_progress_ends_first(inputs, tmp_path, monkeypatch, reason, fails):
+    release, to_disk, train_epoch = threading.Event(), checkpoint._to_disk, loop.train_epoch
+
+    def slow(path):
+        assert release.wait(PATIENCE_S)
+        if fails:
+            full_disk()
+        to_disk(path)
+
+    def stop(run, epoch):
+        if epoch == 2:
+            shut_down = run.writer._thread.shutdown
+            run.writer._thread.shutdown = lambda: (release.set(), shut_down())
+            raise reason
+        train_epoch(run, epoch)
+
+    monkeypatch.setattr(checkpoint, "_to_disk", slow)
+    monkeypatch.setattr(loop, "train_epoch", stop)
+    with pytest.raises(reason):
+        train(settings(inputs, tmp_path))
+    run, log = only_run(tmp_path), (tmp_path / "training.log").read_text().splitlines()
+    assert log[-1].startswith("Failed after step 2" if reason is ZeroDivisionError else "Interrupted after step 2")
+    assert ("error: " in log[-2] and "checkpoint_best: the checkpoint could not be written" in log[-2]) is fails
+    assert {path.name for path in run.glob("checkpoint_*")} == (
+        set() if fails else {"checkpoint_best", "checkpoint_epoch_1"}
+    )
+    for path in run.glob("checkpoint_*"):
+        checkpoint.check_complete(path)
+
+
 def test_a_model_too_large_for_the_gpu_says_so(inputs, tmp_path, monkeypatch):
     def full(*arguments, **keywords):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
@@ -982,4 +1132,6 @@ def test_embedded_base_learns_what_it_learned_when_this_was_written(tmp_path):
 
 if __name__ == "__main__":
     validation.MAX_ANSWER_TOKENS = FEW_TOKENS
-    {"ranks": part_ranks, "killed": part_killed}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    {"ranks": part_ranks, "killed": part_killed, "killed writing": part_killed_writing}[sys.argv[1]](
+        *map(Path, sys.argv[2:])
+    )

@@ -95,11 +95,11 @@ class GradientCheck:
 
 
 def save_adapter(directory: Path, peft_model: PeftModel, trainable: dict[str, Tensor], save_format: str) -> None:
-    """Writes adapter_config.json and the adapter's weights under published names.
+    """Writes adapter_config.json and the adapter's weights under published names. Training may go on meanwhile.
 
     Args:
         directory: exists already.
-        peft_model: gives the configuration and peft's naming.
+        peft_model: gives the configuration and peft's naming; its weights are not read.
         trainable: every trainable parameter by its name in `peft_model.named_parameters()`, whole, on the CPU.
         save_format: "safetensors" or "bin".
     """
@@ -110,7 +110,8 @@ def save_adapter(directory: Path, peft_model: PeftModel, trainable: dict[str, Te
     published = {_rename(name, key_map.published_name, heads): tensor.contiguous() for name, tensor in state.items()}
     assert len(published) == len(state), "two parameters share one published name"
     if save_format == "bin":
-        torch.save(published, directory / ADAPTER_BIN)
+        with (directory / ADAPTER_BIN).open("wb") as file:  # given a path, torch would forget why writing failed
+            torch.save(published, file)
     else:
         save_file(published, directory / ADAPTER_SAFETENSORS, metadata={"format": "pt"})
     settings = peft_model.peft_config["default"].to_dict()

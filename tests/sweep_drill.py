@@ -11,6 +11,7 @@ import argparse
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -75,7 +76,8 @@ def drill(folder: Path, kind: str, name: str, after: int) -> dict:
         after: validations before the kill.
     """
     sweep, cluster = folder / "sweeps" / name, None
-    environment = os.environ | {"SA2VA_SFT_CACHE": str(folder / "cache")}
+    environment = os.environ | {"SA2VA_SFT_CACHE": str(folder / "cache"), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # both nodes and the driver
     command = ["--config", str(folder / "config.yaml"), "--space", str(folder / "space.yaml"), "--name", name]
     command += ["--num_trials", str(TRIALS), "--storage_path", str(sweep.parent)]
     if kind == "node":
@@ -133,7 +135,7 @@ class Cluster:
 
     def __init__(self, environment: dict) -> None:
         self._ray = [sys.executable, "-m", "ray.scripts.scripts"]
-        self._environment = environment | {"RAY_USAGE_STATS_ENABLED": "0"}
+        self._environment = environment
         self.address = "127.0.0.1:6399"
         self._call("start", "--head", "--port=6399", "--num-cpus=1", "--include-dashboard=false")
         first = set(processes("raylet/raylet"))

@@ -203,16 +203,20 @@ def prepare(arguments: argparse.Namespace, rest: list[str]) -> TrainConfig:
 def described(arguments: argparse.Namespace, config: TrainConfig) -> dict:
     """What was measured, when and by which versions."""
     from sft import operations, provenance
+    from sft.benchmark.table import targets
 
+    shape = arguments.shape if arguments.model_path is None else Path(arguments.model_path).resolve().name
+    image = "x".join(map(str, arguments.image_size))
     return {
-        "shape": arguments.shape if arguments.model_path is None else Path(arguments.model_path).resolve().name,
-        "image": "x".join(map(str, arguments.image_size)),
+        "shape": shape,
+        "image": image,
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": shlex.join(sys.orig_argv),
         "git_commit": provenance.git_commit(),
         "versions": provenance.versions(),
         "settings": vars(config),
         "peak_in_words": operations.PEAK_IN_WORDS,
+        "targets": targets(shape, image),
     }
 
 

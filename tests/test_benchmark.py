@@ -23,7 +23,7 @@ from sft.benchmark import plain, profiled
 from sft.benchmark.bare import BareEngine
 from sft.benchmark.clock import Times
 from sft.benchmark.profiled import Span
-from sft.benchmark.table import limit, picture, table
+from sft.benchmark.table import picture, table, targets
 from sft.features import Item
 from sft.model import shapes
 from sft.ranks import rank_environ
@@ -175,8 +175,9 @@ def test_the_table_is_aligned_and_names_targets_for_the_shape_they_are_of():
     assert any(line.startswith("filling") and line.endswith("at least 90") for line in lines)
     assert not [line for line in table(small_figures(shape="8b")).splitlines() if "at most" in line]
     assert not any("least 0.5" in line for line in lines), "MFU has a target at batch 32 alone"
-    assert limit("4b", "mfu", 32) == ("at least", 0.5) and limit("4b", "data_share", 8) == ("at most", 0.02)
-    assert limit("4b", "mfu", 8) is None is limit("8b", "mfu", 32)
+    assert {"figure": "mfu", "batch_size": 32, "at_least": 0.5} in targets("4b", "512x512")
+    assert not targets("8b", "512x512") and not targets("4b", "999x960")
+    assert {"figure": "data_share", "batch_size": None, "at_most": 0.02} in targets("4b", "512x512")
 
 
 def test_the_table_names_the_longest_kernels_and_the_idle_share():
@@ -282,7 +283,12 @@ def test_the_command_measures_one_rank_and_two(config, tmp_path):
     assert two["scaling"][0]["factor"] == pytest.approx(
         two["ours"][0]["samples_per_s"] / one["ours"][0]["samples_per_s"]
     )
-    assert two["settings"]["precision"] == "bf16" and "--ranks 2" in two["command"] and two["versions"]["torch"]
+    assert (
+        two["settings"]["precision"] == "bf16"
+        and two["targets"] == []
+        and "--ranks 2" in two["command"]
+        and two["versions"]["torch"]
+    )
     assert "2 ranks against one, batch 1 each" in done.stdout
     left = {path.name for path in (tmp_path / "kept").iterdir()}
     assert left == {"one_rank.json", "images_128x96_4"}, "runs and features are removed"

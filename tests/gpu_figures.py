@@ -48,11 +48,8 @@ class Table:
         for figure in figures:
             new = {"part": self._name, "what": figure.what, "target": figure.target, "measured": figure.measured}
             new |= self._about | {"value": figure.value, "met": figure.met, "details": figure.details}
-            places = [number for number, row in enumerate(rows) if _same(row, new)]
-            if places:
-                rows[places[0]] = new
-            else:
-                rows.append(new)
+            place = next((number for number, row in enumerate(rows) if _same(row, new)), len(rows))
+            rows[place : place + 1] = [new]
         for name, text in (("figures.json", json.dumps(rows, indent=2) + "\n"), ("figures.md", markdown(rows))):
             _replace(self._out / name, text.encode())
         _replace(self._out / "logs.tar.gz", packed(self._logs))
@@ -112,6 +109,7 @@ def main() -> int:
         table.put([Figure("the whole command", None, note=f"not run: {arguments.skip}")])
         print(f"   {arguments.name}: not run: {arguments.skip}", flush=True)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TIMED_OUT))  # the command must not outlive this
     return follow(command, table, arguments)
 
 
@@ -126,7 +124,7 @@ def follow(command: list[str], table: Table, arguments: argparse.Namespace) -> i
     reader = READERS.get(arguments.name) or READERS.get(arguments.name.partition(":")[0])
 
     def figures(exit_code: int | None) -> list[Figure]:
-        if reader is None or stamp(arguments.read) == before:
+        if reader is None or stamp(arguments.read) in (before, None):
             return []
         return read(reader, arguments.read, Call(time.monotonic() - started, exit_code, os.environ["SHAPE"], on_gpu))
 
@@ -155,14 +153,15 @@ def follow(command: list[str], table: Table, arguments: argparse.Namespace) -> i
 
 
 def read(reader: Callable[..., Iterator[Figure]], pattern: str, call: Call) -> list[Figure]:
-    """Figures of the newest file of a pattern; none while there is none or it is half written."""
+    """Figures of the newest file of a pattern; none while it is half written."""
     file = newest(pattern)
-    if file is None:
-        return []
     try:
         text = file.read_text(encoding="utf-8")
         return list(reader(ElementTree.fromstring(text) if file.suffix == ".xml" else json.loads(text), call))
     except (json.JSONDecodeError, ElementTree.ParseError):
+        return []
+    except Exception as error:  # the command goes on: its file can be read by hand
+        print(f"   {file.name} is not understood: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return []
 
 

@@ -70,6 +70,7 @@ def of_step(found: dict, call: Call) -> Iterator[Figure]:
     """What launch/benchmark.py --json holds: steps by batch size, filling, start, scaling."""
     del call
     scene = f"{found['shape']}, {found['image']}"
+    targets = found["targets"] if found["ranks"] == 1 else []  # of one rank
     for row in found["ours"]:
         batch = row["batch_size"]
         spread = f"median of {row['steps']:.0f}, quartiles {row['step_ms_quartiles'] / row['step_ms']:.1%} apart"
@@ -82,17 +83,17 @@ def of_step(found: dict, call: Call) -> Iterator[Figure]:
             ("peak_gib", "most GPU memory in the timed steps", "GiB", 1, row["pace"]),
         ):
             if key in row:
-                limits = _limits(found, key, batch, factor)
+                limits = _limits(targets, key, batch, factor)
                 yield Figure(f"{scene}, batch {batch}: {words}", factor * row[key], unit, note=note, **limits)
     for key, words, unit, note in (
         ("fill_images_per_s", "filling features", "images/s", f"{found.get('fill_images')} images"),
         ("start_s", "start to the end of the first step", "s", f"batch {found['ours'][0]['batch_size']}"),
     ):
         if key in found:
-            yield Figure(f"{scene}: {words}", found[key], unit, note=note, **_limits(found, key, None))
+            yield Figure(f"{scene}: {words}", found[key], unit, note=note, **_limits(targets, key, None))
     for row in found.get("scaling", []):
         words = f"{scene}, batch {row['batch_size']} each: {found['ranks']} ranks against one"
-        limits = _limits(found, "scaling", None) if found["ranks"] == 2 else {}
+        limits = _limits(found["targets"], "scaling", None) if found["ranks"] == 2 else {}
         yield Figure(words, row["factor"], "x samples/s", **limits)
 
 
@@ -194,7 +195,8 @@ def of_tests(found: ElementTree.Element, call: Call) -> Iterator[Figure]:
     ]
     names = tuple(f"{case.get('classname')}::{case.get('name')}" for case in broken)
     note = f"{passed} passed, {count['skipped']} skipped"
-    yield Figure("GPU tests that fail", count["failures"] + count["errors"], at_most=0, note=note, details=names)
+    at_most = 0 if passed else None  # where all are skipped nothing was tried
+    yield Figure("GPU tests that fail", count["failures"] + count["errors"], at_most=at_most, note=note, details=names)
 
 
 def of_rows(rows: list[dict], call: Call) -> Iterator[Figure]:
@@ -219,9 +221,9 @@ READERS: dict[str, Callable[..., Iterator[Figure]]] = {
 }
 
 
-def _limits(found: dict, key: str, batch: int | None, factor: float = 1) -> dict[str, float]:
+def _limits(targets: list[dict], key: str, batch: int | None, factor: float = 1) -> dict[str, float]:
     """Of the benchmark's own list, for Figure."""
-    for target in found["targets"]:
+    for target in targets:
         if target["figure"] == key and target["batch_size"] in (batch, None):
             return {side: factor * target[side] for side in ("at_most", "at_least") if side in target}
     return {}

@@ -14,6 +14,7 @@ import pytest
 import small_qwen
 import small_runs
 import torch
+from gpu_readers import READERS, Call
 from PIL import Image
 
 from sft import benchmark, data, train
@@ -290,6 +291,8 @@ def test_the_command_measures_one_rank_and_two(config, tmp_path):
         and two["versions"]["torch"]
     )
     assert "2 ranks against one, batch 1 each" in done.stdout
+    known = {figure.what: figure.value for figure in READERS["scaling"](two, Call(1.0, 0, "tiny", False))}
+    assert known[f"{two['shape']}, 128x96, batch 1 each: 2 ranks against one"] == two["scaling"][0]["factor"]
     left = {path.name for path in (tmp_path / "kept").iterdir()}
     assert left == {"one_rank.json", "images_128x96_4"}, "runs and features are removed"
     Image.open(tmp_path / "two.png").verify()

@@ -9,7 +9,7 @@
 #   scaling   two ranks against one; needs two GPUs
 #   loss      ComboLoss forward and backward
 #   sizes     load, train, save, export: 8b internlm2-8b qwen2_5vl-3b qwen2_5vl-7b qwen3vl-4b 4b (cold)
-#   tests     pytest -m gpu
+#   tests     pytest -m gpu, then the tests of engine, checkpoints and training, which take the GPU where there is one
 #   sweep     tests/gpu_sweep.sh OUT, if it is there; rows it writes to OUT/sweep.json (fields of Figure in
 #             gpu_figures.py) go to the table
 # OUT receives figures.md, figures.json and logs.tar.gz, eight files at most. Rows of an earlier call stay.
@@ -120,7 +120,11 @@ print(json.dumps({"config": small.config(), "special_ids": small.tokenizer().get
   done
 }
 tests() {
-  measure tests 540 "$logs/tests.xml" python3 -m pytest -q -m gpu -p no:cacheprovider --junitxml "$logs/tests.xml" tests
+  local command=(python3 -m pytest -q -p no:cacheprovider --junitxml)
+  measure tests 480 "$logs/tests.xml" "${command[@]}" "$logs/tests.xml" -m gpu tests
+  if [ "$SHAPE" = tiny ]; then return; fi
+  measure tests:training 300 "$logs/tests_training.xml" "${command[@]}" "$logs/tests_training.xml" -m "not gpu" \
+    tests/test_engine.py tests/test_checkpoint.py tests/test_same_training.py
 }
 sweep() {
   if [ ! -f tests/gpu_sweep.sh ]; then skip sweep "there is no tests/gpu_sweep.sh"; return; fi

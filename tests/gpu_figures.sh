@@ -25,6 +25,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 all=(speed profile seed_job memory shapes scaling loss sizes tests sweep)
 for part in "$@"; do
   case " ${all[*]} " in *" ${part%%:*} "*) ;; *) echo "error: no part ${part%%:*}; there are: ${all[*]}" >&2; exit 2 ;; esac
+  case $part in shapes:* | sizes:*) ;; *:*) echo "error: $part: only shapes and sizes have choices" >&2; exit 2 ;; esac
 done
 export SHAPE=${SHAPE:-4b} PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export FIGURES_FOLDER=${FIGURES_FOLDER:-${TMPDIR:-/tmp}/sa2va_sft_figures}

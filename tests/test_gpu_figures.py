@@ -1,5 +1,6 @@
 """Protects the script that takes the figures of a GPU: every command leaves its rows, ended, failed or out of time."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 import gpu_figures
 import pytest
 from gpu_readers import READERS, Call, Figure
+
+from sft.config import parse_args
+from sft.model.shapes import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP = {"batch_size": 32, "ms_per_sample": 9.0, "step_ms": 288.0, "step_ms_quartiles": 2.88, "steps": 20.0}
@@ -66,6 +70,44 @@ def test_a_part_leaves_a_row_with_a_number_and_a_failing_one_does_not_stop_it(fo
         assert {"loss.txt", "loss/losses.json", "sizes_5b.txt"} <= set(archive.getnames())
 
 
+def test_the_commands_of_the_4b_shape_are_understood(folder):
+    """All that a GPU would be asked to do, written down by a stand-in for Python and parsed."""
+    bin_folder, written = folder.parent / "bin", folder.parent / "commands.txt"
+    bin_folder.mkdir()
+    scripts = {
+        "python3": f'printf "%s\\037" "$@" >> {written}; echo >> {written}',
+        "nvidia-smi": "echo GPU 0; echo GPU 1",
+    }
+    for name, text in scripts.items():
+        (bin_folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (bin_folder / name).chmod(0o755)
+    run_script(folder, SHAPE="4b", PATH=f"{bin_folder}:{os.environ['PATH']}")
+    calls = [line.rstrip("\037").split("\037") for line in written.read_text().splitlines()]
+    assert all(call[0] == "tests/gpu_figures.py" for call in calls)
+    commands = [call[call.index("--") + 2 :] for call in calls if "--" in call]
+    benchmarks = [command[1:] for command in commands if command[0] == "launch/benchmark.py"]
+    parsed = [script("benchmark").parse(words) for words in benchmarks]
+    shapes = [(arguments.shape, arguments.image_size, arguments.ranks, arguments.profile) for arguments, _ in parsed]
+    square = (512, 512)
+    of_4b = [("4b", square, 1, 0), ("4b", square, 1, 3), ("4b", square, 1, 0)]
+    of_others = [("1b", square, 1, 0), ("8b", square, 1, 0), ("4b", (999, 960), 1, 0)]
+    assert shapes == [*of_4b, *of_others, ("4b", square, 2, 0)]
+    runs = [parse_args(command[1:]) for command in commands if command[0] == "launch/train.py"]
+    job, memory = runs
+    assert (job.num_epochs, job.batch_size, job.feature_cache, job.precision) == (15, 8, "auto", "bf16")
+    assert (memory.batch_size, memory.gradient_checkpointing, memory.feature_cache) == (1, True, "disk")
+    sizes = {command[2] for command in commands if command[0] == "tests/gpu_sizes.py"}
+    assert sizes == {"8b", "internlm2-8b", "qwen2_5vl-3b", "qwen2_5vl-7b", "qwen3vl-4b", "4b"} <= set(NAMES)
+    assert any(command[:2] == ["-m", "sft.synthetic"] and "1220" in command for command in commands)
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_what_does_not_fit_is_named_and_eight_files_come_back(folder):
     folder.mkdir()
     for number in range(6):
@@ -78,6 +120,7 @@ def test_what_does_not_fit_is_named_and_eight_files_come_back(folder):
     assert names == {"figures.md", "figures.json", "logs.tar.gz", "others.tar.gz"}
     unknown = run_script(folder, "losses")
     assert unknown.returncode == 2 and "no part losses; there are: speed profile seed_job" in unknown.stderr
+    assert "loss:1: only shapes and sizes have choices" in run_script(folder, "loss:1").stderr
 
 
 def test_a_command_whose_time_is_up_leaves_what_it_had_measured(folder, monkeypatch):

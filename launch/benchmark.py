@@ -72,12 +72,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--folder", type=Path, help="keeps weights and images for the next call; on a fast disk")
     parser.add_argument("--batch_sizes", type=numbers, help="with commas between; default 1,8,32, tiny: 1,4")
     parser.add_argument("--image_size", type=size, default=(512, 512), help="512, or WIDTHxHEIGHT such as 999x960")
-    parser.add_argument("--images", type=number, help="training images; default 64, tiny: 8")
+    parser.add_argument("--images", type=number, help="training images, all filled; default 64, tiny: 8")
     parser.add_argument("--rank", type=number, help="of LoRA; default 64, tiny: the demo's")
     parser.add_argument("--steps", type=number, help="timed ones of each kind; default 20, tiny: 6")
     parser.add_argument("--warm_up", type=number, help="steps before them; default 5, tiny: 2")
     parser.add_argument("--ranks", type=number, default=1, help="devices; above 1 needs --folder, measures one first")
     parser.add_argument("--parts", action="store_true", help="also the parts of a step one by one")
+    parser.add_argument("--profile", type=number, default=0, help="also the kernels of so many steps, by time")
     parser.add_argument("--no_plain", action="store_true", help="leave out the plain loop")
     parser.add_argument("--json", type=Path, help="write all figures to this file, part by part")
     parser.add_argument("--picture", type=Path, help="write a bar chart to this PNG")
@@ -166,6 +167,7 @@ def benchmark(arguments: argparse.Namespace, rest: list[str]) -> None:
         arguments.warm_up,
         with_plain=not (arguments.no_plain or several),
         with_parts=arguments.parts and not several,
+        profiled_steps=0 if several else arguments.profile,
         import_s=import_s,
     )
     try:
@@ -201,16 +203,20 @@ def prepare(arguments: argparse.Namespace, rest: list[str]) -> TrainConfig:
 def described(arguments: argparse.Namespace, config: TrainConfig) -> dict:
     """What was measured, when and by which versions."""
     from sft import operations, provenance
+    from sft.benchmark.table import targets
 
+    shape = arguments.shape if arguments.model_path is None else Path(arguments.model_path).resolve().name
+    image = "x".join(map(str, arguments.image_size))
     return {
-        "shape": arguments.shape if arguments.model_path is None else Path(arguments.model_path).resolve().name,
-        "image": "x".join(map(str, arguments.image_size)),
+        "shape": shape,
+        "image": image,
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": shlex.join(sys.orig_argv),
         "git_commit": provenance.git_commit(),
         "versions": provenance.versions(),
         "settings": vars(config),
         "peak_in_words": operations.PEAK_IN_WORDS,
+        "targets": targets(shape, image),
     }
 
 

@@ -36,6 +36,7 @@ if not torch.cuda.is_available():
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 
 _LINEAR = nn.functional.linear  # ZeRO-3 replaces it for the whole process, and the other rounds differently
@@ -480,6 +481,8 @@ def _clip_without_waiting(ds_engine: Engine, max_grad_norm: float) -> None:
             gradient.data.mul_(factor)
 
     zero.unscale_and_clip_grads = clip
+    # Its own makes the -1 on the host: copying it waits for the whole step, too.
+    stage_1_and_2.mask_nan_or_inf_with_val_inplace = lambda norm, device: norm.masked_fill_(~norm.isfinite(), -1.0)
 
 
 def _set_partition(parameter: nn.Parameter, whole: Tensor, key: str | None) -> None:

@@ -149,9 +149,10 @@ def loss_terms(masks: Masks, batch: Batch, config: TrainConfig) -> dict[str, Ten
     if len(groups) == 1:  # nothing to gather and nothing to weigh
         return losses.combo(masks.logits_Bhw, torch.stack(batch.masks), config)
     sums: dict[str, Tensor] = {}
+    logits = masks.logits_Bhw.unbind()  # to take rows by a list would copy it to the GPU, and wait
     for rows in groups:
         truth_BHW = torch.stack([batch.masks[row] for row in rows])
-        terms = losses.combo(masks.logits_Bhw[rows], truth_BHW, config)
+        terms = losses.combo(torch.stack([logits[row] for row in rows]), truth_BHW, config)
         share = len(rows) / len(batch.masks)
         sums = {name: sums.get(name, 0) + share * value for name, value in terms.items()}
     return sums

@@ -63,39 +63,40 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows, failed = [], False
     for shape in arguments.shapes:
-        row = {"shape": shape}
+        rows.append({"shape": shape})
         try:
-            measure(shape, arguments, row)
+            measure(arguments, rows)
         except Exception as error:  # the other shapes, and what is known of this one, are wanted all the same
             print(f"FAILED {shape}: {error}", file=sys.stderr)
-            row["failed"], failed = str(error), True
-        rows.append(row)
-        (arguments.out / "sizes.json").write_text(json.dumps(rows, indent=2) + "\n")
+            rows[-1]["failed"], failed = str(error), True
+            keep(arguments.out, rows)
     print(table(rows))
     return int(failed)
 
 
-def measure(shape: str, arguments: argparse.Namespace, row: dict) -> None:
-    """Fills a row of the table, part by part; removes what it wrote."""
+def measure(arguments: argparse.Namespace, rows: list[dict]) -> None:
+    """Fills the last row of the table, part by part; removes what it wrote."""
+    row, out = rows[-1], arguments.out
+    shape = row["shape"]
     work = Path(tempfile.mkdtemp(prefix=f"sft_{Path(shape).stem}_", dir=arguments.folder))
     try:
         started = time.monotonic()
         row["bytes"] = write_model(shape, work / "model")
         row["write_s"] = time.monotonic() - started
         row |= child_load(work / "model", arguments.cold)
-        say(shape, row)
+        keep(out, rows)
         write_images(work / "data")
-        row |= train(work, arguments.out / f"{Path(shape).stem}_train.txt", shlex.split(arguments.flags))
-        say(shape, row)
+        row |= train(work, out / f"{Path(shape).stem}_train.txt", shlex.split(arguments.flags))
+        keep(out, rows)
         started = time.monotonic()
         checkpoint = ["--checkpoint", work / "run" / "checkpoint_best", "--output", work / "merged"]
-        run([ROOT / "launch" / "export.py", *checkpoint], arguments.out / f"{Path(shape).stem}_export.txt")
+        run([ROOT / "launch" / "export.py", *checkpoint], out / f"{Path(shape).stem}_export.txt")
         row["export_s"] = time.monotonic() - started
         again = child_load(work / "merged", cold=False)
         assert again["tensors"] == row["tensors"], "the export holds another number of tensors"
         assert math.isfinite(again["sum"]) and again["sum"] != row["sum"], "the export changed nothing"
         row["reload_s"] = again["load_s"]
-        say(shape, row)
+        keep(out, rows)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -250,9 +251,11 @@ def run(words: list, log: Path) -> None:
         raise RuntimeError(f"{Path(words[0]).name} ended with {code}; {log}: {log.read_text()[-600:]}")
 
 
-def say(shape: str, row: dict) -> None:
-    """What is known so far, at once: the machine may be gone before the table is printed."""
-    print(shape, {key: round(value, 3) for key, value in row.items() if isinstance(value, float | int)}, flush=True)
+def keep(out: Path, rows: list[dict]) -> None:
+    """Writes and says what is known so far, at once: the machine may be gone before the table is printed."""
+    (out / "sizes.json").write_text(json.dumps(rows, indent=2) + "\n")
+    known = {key: round(value, 3) for key, value in rows[-1].items() if isinstance(value, float | int)}
+    print(rows[-1]["shape"], known, flush=True)
 
 
 def table(rows: list[dict]) -> str:

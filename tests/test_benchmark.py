@@ -14,15 +14,17 @@ import pytest
 import small_qwen
 import small_runs
 import torch
+from gpu_readers import READERS, Call
 from PIL import Image
 
 from sft import benchmark, data, train
 from sft import run as runs
 from sft.benchmark import inputs as benchmark_inputs
-from sft.benchmark import plain
+from sft.benchmark import plain, profiled
 from sft.benchmark.bare import BareEngine
 from sft.benchmark.clock import Times
-from sft.benchmark.table import picture, table
+from sft.benchmark.profiled import Span
+from sft.benchmark.table import picture, table, targets
 from sft.features import Item
 from sft.model import shapes
 from sft.ranks import rank_environ
@@ -53,6 +55,7 @@ def small_figures(**changes) -> dict:
     ours |= {"bare": row, "deepspeed_overhead": 0.02, "tokens": 320, "operations": {"frozen": 10**12}, "pace": "Step"}
     figures = {"shape": "4b", "image": "512x512", "ranks": 1, "device": "X", "date": "D", "ours": [ours]}
     figures |= {"plain": row | {"ms_per_sample": 60.0}, "fill_images_per_s": 95.0, "start_s": 31.0}
+    figures |= {"fill_images": 66}
     return figures | {"formula": {"frozen": "F"}, "peak_in_words": "P"} | changes
 
 
@@ -116,11 +119,12 @@ def test_bare_torch_takes_the_engines_steps(config):
 def test_every_figure_is_measured_and_fits_into_json(config, monkeypatch, tmp_path):
     monkeypatch.setenv("SA2VA_SFT_CACHE", str(tmp_path / "cache"))
     kept = []
-    settings = benchmark.Settings(config, (1, 2), steps=2, warm_up=1, import_s=1.0)
+    settings = benchmark.Settings(config, (1, 2), steps=2, warm_up=1, import_s=1.0, profiled_steps=2)
     figures = benchmark.measure(settings, lambda known: kept.append(json.dumps(known)))
     assert len(kept) == 3 and json.loads(kept[-1]) == json.loads(json.dumps(figures))
     assert figures.keys() >= {"plain", "ours", "start_s", "fill_images_per_s", "device", "ranks", "formula"}
     assert figures["start_s"] > 1.0 and figures["fill_images_per_s"] > 0
+    assert figures["fill_images"] == len(small_runs.NAMES)
     for row, batch_size in zip(figures["ours"], (1, 2), strict=True):
         assert row["batch_size"] == batch_size and row["steps"] == 2
         assert row["ms_per_sample"] == pytest.approx(row["step_ms"] / batch_size)
@@ -129,9 +133,29 @@ def test_every_figure_is_measured_and_fits_into_json(config, monkeypatch, tmp_pa
         assert row["mfu"] == pytest.approx(row["tflops"] / row["peak_tflops"]) and row["mfu"] > 0
         parts = ("vision encoder", "SAM2 encoder", "language model", "mask decoder", "loss", "optimizer")
         assert [name.split(",")[0] for name in row["parts"]] == list(parts)
+        kernels = row["profile"]["kernels"]
+        assert row["profile"]["steps"] == 2 and sum(kernel["share"] for kernel in kernels) <= 1 + 1e-9
+        assert kernels == sorted(kernels, key=lambda kernel: kernel["ms"], reverse=True)
+        if "idle_share" not in row["profile"]:  # a GPU's kernels have names of their own
+            (product,) = (kernel for kernel in kernels if kernel["name"] == "aten::mm")
+            assert product["ms"] > 0 and product["calls"] >= 2 * 14, "14 linears, forward and backward"
     first, second = (row["operations"] for row in figures["ours"])
     assert first.keys() == figures["formula"].keys()
     assert second["mask_decoder"] == 2 * first["mask_decoder"] and second["head"] == 0
+
+
+def test_idle_is_what_no_kernel_covers():
+    """By hand: kernels from 0 to 4, 2 to 6 (both at once from 2 to 4) and 9 to 10; a copy fills no gap."""
+    spans = [Span("b", 2.0, 6.0), Span("a", 0.0, 4.0), Span("Memcpy HtoD", 6.0, 9.0), Span("a", 9.0, 10.0)]
+    figures = profiled.of_gpu(spans, steps=2)
+    assert figures["idle_share"] == pytest.approx(3 / 10) and figures["copies_ms"] == pytest.approx(3e-3 / 2)
+    longest, other = figures["kernels"]
+    assert longest == {"name": "a", "ms": 2.5e-3, "calls": 1.0, "share": pytest.approx(5 / 9)}
+    assert other["name"] == "b" and other["calls"] == 0.5
+    inside = profiled.of_gpu([Span("a", 0.0, 8.0), Span("b", 1.0, 2.0), Span("b", 6.0, 8.0)], steps=1)
+    assert inside["idle_share"] == 0
+    with pytest.raises(RuntimeError, match="no kernel"):
+        profiled.of_gpu([Span("Memset", 0.0, 1.0)], steps=1)
 
 
 def test_times_are_of_the_middle_step():
@@ -152,6 +176,20 @@ def test_the_table_is_aligned_and_names_targets_for_the_shape_they_are_of():
     assert any(line.startswith("filling") and line.endswith("at least 90") for line in lines)
     assert not [line for line in table(small_figures(shape="8b")).splitlines() if "at most" in line]
     assert not any("least 0.5" in line for line in lines), "MFU has a target at batch 32 alone"
+    assert {"figure": "mfu", "batch_size": 32, "at_least": 0.5} in targets("4b", "512x512")
+    assert not targets("8b", "512x512") and not targets("4b", "999x960")
+    assert {"figure": "data_share", "batch_size": None, "at_most": 0.02} in targets("4b", "512x512")
+
+
+def test_the_table_names_the_longest_kernels_and_the_idle_share():
+    figures = small_figures()
+    kernels = [{"name": f"kernel_{n}", "ms": 9.0 / n, "calls": 36.0, "share": 0.5 / n} for n in range(1, 30)]
+    figures["ours"][0]["profile"] = {"steps": 3, "idle_share": 0.125, "copies_ms": 0.1, "kernels": kernels}
+    lines = table(figures).splitlines()
+    (idle,) = (line for line in lines if line.startswith("no kernel runs, batch 8"))
+    assert "12.5  % of the profiled steps" in idle
+    shown = [line for line in lines if "kernel_" in line]
+    assert len(shown) == 15 and "9.000  ms, 36 calls a step, 50.0 % of all" in shown[0]
 
 
 def test_steps_of_very_unequal_length_are_marked():
@@ -191,6 +229,7 @@ def test_weights_and_images_are_written_once_and_again_when_half_written(tmp_pat
     (directory / "complete").unlink()
     benchmark_inputs.write_model("qwen3vl-4b", tmp_path)
     assert (directory / "model.safetensors").stat().st_mtime_ns > written
+    monkeypatch.setattr(benchmark_inputs, "IMAGES_PER_PROCESS", 1)  # by several, where there are cores
     root, val_list = benchmark_inputs.write_images(96, 64, 3, tmp_path)
     assert len(list((root / "images").iterdir())) == 5 and val_list.read_text().split() == ["v3", "v4"]
     with Image.open(root / "masks" / "v0.png") as mask:
@@ -201,6 +240,7 @@ def test_weights_and_images_are_written_once_and_again_when_half_written(tmp_pat
     ("words", "said"),
     [
         ("--shape 5b", "invalid choice: '5b'"),
+        ("--profile 0", "0 is no whole number of at least 1"),
         ("--batch_sizes 1,0", "0 is no whole number of at least 1"),
         ("--image_size 12", "12 is no size; give 512, or 999x960"),
         ("--batch_size=4", "--batch_size: the benchmark chooses it itself; see --batch_sizes"),
@@ -244,8 +284,15 @@ def test_the_command_measures_one_rank_and_two(config, tmp_path):
     assert two["scaling"][0]["factor"] == pytest.approx(
         two["ours"][0]["samples_per_s"] / one["ours"][0]["samples_per_s"]
     )
-    assert two["settings"]["precision"] == "bf16" and "--ranks 2" in two["command"] and two["versions"]["torch"]
+    assert (
+        two["settings"]["precision"] == "bf16"
+        and two["targets"] == []
+        and "--ranks 2" in two["command"]
+        and two["versions"]["torch"]
+    )
     assert "2 ranks against one, batch 1 each" in done.stdout
+    known = {figure.what: figure.value for figure in READERS["scaling"](two, Call(1.0, 0, "tiny", False))}
+    assert known[f"{two['shape']}, 128x96, batch 1 each: 2 ranks against one"] == two["scaling"][0]["factor"]
     left = {path.name for path in (tmp_path / "kept").iterdir()}
     assert left == {"one_rank.json", "images_128x96_4"}, "runs and features are removed"
     Image.open(tmp_path / "two.png").verify()

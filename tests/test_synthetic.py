@@ -169,6 +169,16 @@ def test_a_written_set_is_complete_and_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
+def test_any_number_of_processes_writes_the_same_set(tmp_path):
+    for name, workers in (("one", "1"), ("two", "2")):
+        assert synthetic.main([str(tmp_path / name), "--count", "5", "--seed", "3", "--workers", workers]) == 0
+    written = [
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+        for name in ("one", "two")
+    ]
+    assert written[0] == written[1] and len(written[0]) == 11
+
+
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("stopped half-way")
@@ -194,6 +204,8 @@ def test_a_folder_with_other_contents_is_not_overwritten(tmp_path):
         synthetic.write_dataset(tmp_path / "new", "dome", 1, seed=7)
     with pytest.raises(UserError, match="at least 1"):
         synthetic.write_dataset(tmp_path / "new", "demo", 0, seed=7)
+    with pytest.raises(UserError, match="workers -1"):
+        synthetic.write_dataset(tmp_path / "new", "demo", 1, seed=7, workers=-1)
 
 
 def test_the_embedded_set_goes_to_the_cache_that_is_named(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import torch
 
 from sft import data, engine, operations, provenance
 from sft import run as runs
-from sft.benchmark import parts, plain
+from sft.benchmark import parts, plain, profiled
 from sft.benchmark.bare import BareEngine
 from sft.benchmark.clock import Times, timed, wait
 from sft.config import TrainConfig
@@ -39,6 +39,8 @@ class Settings:
     warm_up: int
     with_plain: bool = True
     with_parts: bool = True
+    profiled_steps: int = 0
+    """Steps under the profiler, of each batch size; 0: none."""
     import_s: float = 0.0
     """Seconds from the start of the process to the call."""
 
@@ -101,8 +103,9 @@ def _ours(config: TrainConfig, settings: Settings, figures: dict) -> dict:
             figures["ranks"] = run.ranks.world_size
             _take_first_step(run)
             figures["start_s"] = settings.import_s + time.perf_counter() - started_s
-        fill_rate = _fill(run)  # in every run: no timed step is to compute features
-        figures.setdefault("fill_images_per_s", fill_rate)
+        images, fill_rate = _fill(run)  # in every run: no timed step is to compute features
+        if first:
+            figures |= {"fill_images": images, "fill_images_per_s": fill_rate}
         batches = _batches(run)
         run.ds_engine.train()
         waited = Stopwatch(device)
@@ -124,6 +127,11 @@ def _ours(config: TrainConfig, settings: Settings, figures: dict) -> dict:
             pairs = (run.data.train * config.batch_size)[: min(config.batch_size, FILL_BATCH)]
             measured = parts.measure(run, batch, pairs, settings.steps, settings.warm_up)
             row["parts"] = {name: times.record() for name, times in measured.items()}
+        if settings.profiled_steps:
+            watch = Stopwatch(device)
+            row["profile"] = profiled.measure(
+                lambda: train_step(run, next(batches), watch), device, settings.profiled_steps
+            )
         return row
 
 
@@ -134,14 +142,14 @@ def _take_first_step(run: Run) -> None:
     wait(run.ranks.device)
 
 
-def _fill(run: Run) -> float:
-    """Images a second of reading, encoding and keeping all images of the run."""
+def _fill(run: Run) -> tuple[int, float]:
+    """How many images the run has, and how many a second are read, encoded and kept."""
     items = [Item(pair) for pair in (*run.data.train, *run.data.val)]
     wait(run.ranks.device)
     started_s = time.perf_counter()
     runs.keep_features(run, items)
     wait(run.ranks.device)
-    return len(items) / (time.perf_counter() - started_s)
+    return len(items), len(items) / (time.perf_counter() - started_s)
 
 
 def _plan(run: Run) -> Iterator[list[Item]]:

@@ -4,10 +4,9 @@ Takes a shape's name and a folder, which keeps what it holds for the next time. 
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
-
-from PIL import Image
 
 from sft import synthetic
 from sft.config import EMBEDDED
@@ -16,6 +15,7 @@ from sft.model import random_weights, shapes
 TINY = "tiny"
 SHAPES = (TINY, *shapes.NAMES)
 VALIDATION_IMAGES = 2
+IMAGES_PER_PROCESS = 16  # of those that write images: fewer are not worth its start
 _DONE = "complete"  # written last
 
 
@@ -38,13 +38,9 @@ def write_images(width_px: int, height_px: int, count: int, folder: Path) -> tup
     val_list = root / "val.txt"
     if not _holds(root, "whole"):
         shutil.rmtree(root, ignore_errors=True)
-        for name in ("images", "masks"):
-            (root / name).mkdir(parents=True)
-        for number in range(count + VALIDATION_IMAGES):
-            scene = synthetic.render(number, "cine", max(width_px, height_px))
-            mask_HW = scene.masks["blood vessels"][:height_px, :width_px]
-            Image.fromarray(scene.image_HW3[:height_px, :width_px]).save(root / "images" / f"v{number}.png")
-            Image.fromarray(mask_HW.astype("uint8") * 255).save(root / "masks" / f"v{number}.png")
+        workers = max(1, min(len(os.sched_getaffinity(0)), count // IMAGES_PER_PROCESS))
+        pairs = [(f"v{number}", number) for number in range(count + VALIDATION_IMAGES)]
+        synthetic.write_pairs(root, pairs, "cine", (height_px, width_px), workers=workers)
         names = [f"v{count + number}\n" for number in range(VALIDATION_IMAGES)]
         val_list.write_text("".join(names), encoding="utf-8")
         (root / _DONE).write_text("whole", encoding="utf-8")

@@ -12,10 +12,11 @@ PAPER, INK, FAINT_INK = (255, 255, 255), (32, 36, 42), (110, 116, 124)
 PLAIN, OURS, BARE = (217, 72, 15), (31, 111, 235), (134, 142, 150)
 WIDTH_PX, BAR_PX, MARGIN_PX, FONT_PX = 1000, 34, 24, 18
 UNSTEADY = 0.25  # distance of the quartiles, in medians, from which on a figure is marked
-TARGET_SHAPE = "4b"
-# On one H200 with a 512 x 512 image: what a row is to reach at a batch size (None: at any).
+SHOWN_KERNELS, SHOWN_CHARACTERS = 15, 60  # of a profile; the JSON has more
+TARGET_SHAPE, TARGET_IMAGE = "4b", "512x512"
+# On one H200: what a row is to reach at a batch size (None: at any).
 _AT_MOST = {("ms_per_sample", 1): 60.0, ("ms_per_sample", 8): 13.0, ("ms_per_sample", 32): 9.5}
-_AT_MOST |= {("deepspeed_overhead", None): 0.05, ("start_s", None): 60.0}
+_AT_MOST |= {("deepspeed_overhead", None): 0.05, ("start_s", None): 60.0, ("data_share", None): 0.02}
 _AT_LEAST = {("times_plain", 1): 6.0, ("times_plain", 32): 40.0, ("mfu", 32): 0.5, ("fill_images_per_s", None): 90.0}
 _AT_LEAST |= {("scaling", None): 1.9}  # of two ranks
 
@@ -61,6 +62,17 @@ def picture(path: Path, figures: dict) -> None:
     canvas.save(path)
 
 
+def targets(shape: str, image: str) -> list[dict]:
+    """What figures are to reach: "figure", "batch_size" (None: at any), and "at_most" or "at_least"."""
+    if (shape, image) != (TARGET_SHAPE, TARGET_IMAGE):
+        return []
+    return [
+        {"figure": figure, "batch_size": batch, side: value}
+        for side, limits in (("at_most", _AT_MOST), ("at_least", _AT_LEAST))
+        for (figure, batch), value in limits.items()
+    ]
+
+
 def _bars(figures: dict) -> list[tuple[str, float, tuple[int, int, int]]]:
     bars = [("plain loop, batch 1", figures["plain"]["ms_per_sample"], PLAIN)] if "plain" in figures else []
     for row in figures["ours"]:
@@ -71,31 +83,41 @@ def _bars(figures: dict) -> list[tuple[str, float, tuple[int, int, int]]]:
 
 
 def _lines(figures: dict) -> Iterator[Line]:
-    shape = figures["shape"]
     if "plain" in figures:
         yield from _step_lines("plain loop, batch 1", figures["plain"])
     for row in figures["ours"]:
         batch, name = row["batch_size"], f"ours, batch {row['batch_size']}"
-        yield from _step_lines(name, row, _target(shape, "ms_per_sample", batch, "ms"))
+        yield from _step_lines(name, row, _target(figures, "ms_per_sample", batch, "ms"))
         if "times_plain" in row:
-            target = _target(shape, "times_plain", batch, "x")
+            target = _target(figures, "times_plain", batch, "x")
             unit = f"x{_unsteady(row) or _unsteady(figures['plain'])}"
             yield f"{name}: against the plain loop", f"{row['times_plain']:.1f}", unit, target
-        yield f"{name}: waiting for data", f"{100 * row['data_share']:.1f}", "% of the step", ""
-        target = _target(shape, "mfu", batch, "")
+        target = _target(figures, "data_share", batch)
+        yield f"{name}: waiting for data", f"{100 * row['data_share']:.1f}", "% of the step", target
+        target = _target(figures, "mfu", batch, "")
         yield f"{name}: MFU of the step", f"{row['mfu']:.3f}", f"of {row['peak_tflops']:.4g} TFLOP/s measured", target
         if "bare" in row:
             yield from _step_lines(f"bare torch, batch {batch}", row["bare"])
-            overhead, target = row["deepspeed_overhead"], _target(shape, "deepspeed_overhead", batch, "")
+            overhead, target = row["deepspeed_overhead"], _target(figures, "deepspeed_overhead", batch, "")
             yield f"DeepSpeed against bare torch, batch {batch}", f"{100 * overhead:+.1f}", "% of the step", target
         for part, times in row.get("parts", {}).items():
             yield f"  part at batch {batch}: {part}", f"{times['step_ms']:.2f}", _spread(times), ""
-    yield "filling features", f"{figures['fill_images_per_s']:.1f}", "images/s", _target(shape, "fill_images_per_s")
-    yield "start to the end of the first step", f"{figures['start_s']:.1f}", "s", _target(shape, "start_s", unit="s")
+        yield from _profile_lines(f"batch {batch}", row.get("profile", {"kernels": []}))
+    unit = f"images/s, of {figures['fill_images']} images"
+    yield "filling features", f"{figures['fill_images_per_s']:.1f}", unit, _target(figures, "fill_images_per_s")
+    yield "start to the end of the first step", f"{figures['start_s']:.1f}", "s", _target(figures, "start_s", unit="s")
     for row in figures.get("scaling", []):
-        target = _target(shape, "scaling") if figures["ranks"] == 2 else ""
+        target = _target(figures, "scaling") if figures["ranks"] == 2 else ""
         name = f"{figures['ranks']} ranks against one, batch {row['batch_size']} each"
         yield name, f"{row['factor']:.2f}", "x samples/s", target
+
+
+def _profile_lines(name: str, profile: dict) -> Iterator[Line]:
+    if "idle_share" in profile:
+        yield f"no kernel runs, {name}", f"{100 * profile['idle_share']:.1f}", "% of the profiled steps", ""
+    for kernel in profile["kernels"][:SHOWN_KERNELS]:
+        calls = f"ms, {kernel['calls']:.0f} calls a step, {100 * kernel['share']:.1f} % of all"
+        yield f"  kernel at {name}: {kernel['name'][:SHOWN_CHARACTERS]}", f"{kernel['ms']:.3f}", calls, ""
 
 
 def _step_lines(name: str, row: dict, target: str = "") -> Iterator[Line]:
@@ -115,13 +137,11 @@ def _unsteady(row: dict) -> str:
     return " UNSTEADY: is the machine busy?" if row["step_ms_quartiles"] > UNSTEADY * row["step_ms"] else ""
 
 
-def _target(shape: str, key: str, batch: int | None = None, unit: str = "") -> str:
-    if shape != TARGET_SHAPE:
-        return ""
-    for limits, words in ((_AT_MOST, "at most"), (_AT_LEAST, "at least")):
-        for which in (batch, None):
-            if (key, which) in limits:
-                return f"{words} {limits[key, which]:g} {unit}".rstrip()
+def _target(figures: dict, key: str, batch: int | None = None, unit: str = "") -> str:
+    for target in targets(figures["shape"], figures["image"]):
+        if target["figure"] == key and target["batch_size"] in (batch, None):
+            side, value = list(target.items())[-1]
+            return f"{side.replace('_', ' ')} {value:g} {unit}".rstrip()
     return ""
 
 

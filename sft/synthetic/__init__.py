@@ -10,11 +10,15 @@ trees grow is in `sft.synthetic.trees`, what lies around them in `sft.synthetic.
 """
 
 import argparse
+import functools
 import json
+import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +95,7 @@ def render(seed: int, look: str = "mixed", size_px: int = FRAME_PX, target_fract
     return Scene(painting.image_HW3, {name: mask for name, mask in masks.items() if mask.any()}, label)
 
 
-def write_dataset(directory: Path, preset: str, count: int, seed: int) -> Path:
+def write_dataset(directory: Path, preset: str, count: int, seed: int, workers: int = 1) -> Path:
     """Write images/NAME.png, masks/NAME.png (0 or 255) and dataset.json, complete or absent.
 
     Several processes may write the same folder at once: the first to finish wins, the others find its work.
@@ -101,17 +105,19 @@ def write_dataset(directory: Path, preset: str, count: int, seed: int) -> Path:
         preset: one of PRESETS.
         count: number of images, at least 1.
         seed: of the set, non-negative.
+        workers: processes that render, at least 1; the set is the same for any number.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: an unknown preset, a count below 1, or a folder that holds something else.
+        UserError: an unknown preset, a count or number of workers below 1, or a folder that holds something else.
     """
     if preset not in PRESETS:
         raise UserError(f"preset {preset!r}: allowed are {', '.join(PRESETS)}")
-    if count < 1 or seed < 0:
-        raise UserError(f"count {count}, seed {seed}: count must be at least 1 and seed at least 0")
+    if min(count, workers) < 1 or seed < 0:
+        given = f"count {count}, workers {workers}, seed {seed}"
+        raise UserError(f"{given}: count and workers must be at least 1, and seed at least 0")
     directory = Path(directory)
     card = {"preset": preset, "seed": seed, "count": count, "generator_version": GENERATOR_VERSION}
     if _holds(directory, card):
@@ -121,7 +127,9 @@ def write_dataset(directory: Path, preset: str, count: int, seed: int) -> Path:
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        _write_pairs(work, preset, count, seed)
+        chosen = PRESETS[preset]
+        pairs = [(f"{preset}_{index:04d}", image_seed(seed, index)) for index in range(count)]
+        write_pairs(work, pairs, chosen.look, target_fraction=chosen.target_fraction, workers=workers)
         (work / "dataset.json").write_text(json.dumps(card, indent=2) + "\n")
         work.chmod(0o755)  # mkdtemp makes it private
         _publish(work, directory, card)
@@ -141,6 +149,36 @@ def embedded_dataset(preset: str = "demo", count: int = 40, seed: int = 7, cache
     """
     cache = Path(cache_dir or os.environ.get("SA2VA_SFT_CACHE") or Path.home() / ".cache" / "sa2va-sft")
     return write_dataset(cache / f"synthetic-v{GENERATOR_VERSION}-{preset}-{count}-seed{seed}", preset, count, seed)
+
+
+def write_pairs(
+    directory: Path,
+    pairs: Iterable[tuple[str, int]],
+    look: str,
+    size_hw: tuple[int, int] = (FRAME_PX, FRAME_PX),
+    target_fraction: float | None = None,
+    workers: int = 1,
+) -> None:
+    """Renders images into directory/images and what their annotator draws, 0 or 255, into directory/masks.
+
+    Args:
+        directory: receives both folders.
+        pairs: (name, seed of the image).
+        look: see `render`, as `target_fraction`.
+        size_hw: what is cut out of a square of the longer side.
+        workers: processes; with one, it is this.
+    """
+    for name in ("images", "masks"):
+        (directory / name).mkdir(parents=True)
+    write = functools.partial(_write_pair, directory, look, size_hw, target_fraction)
+    if workers == 1:
+        for pair in pairs:
+            write(pair)
+        return
+    # Not forked: whoever calls may have threads, whose locks a fork would copy as they stand.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for _ in pool.map(write, pairs, chunksize=4):
+            pass  # an error in any of them comes out here
 
 
 def image_seed(seed: int, index: int) -> int:
@@ -200,14 +238,14 @@ def _holds(directory: Path, card: dict) -> bool:
         return False
 
 
-def _write_pairs(directory: Path, preset: str, count: int, seed: int) -> None:
-    (directory / "images").mkdir()
-    (directory / "masks").mkdir()
-    for index in range(count):
-        scene = render(image_seed(seed, index), PRESETS[preset].look, target_fraction=PRESETS[preset].target_fraction)
-        name = f"{preset}_{index:04d}.png"
-        Image.fromarray(scene.image_HW3).save(directory / "images" / name, compress_level=1)
-        Image.fromarray(scene.label_HW.astype(np.uint8) * np.uint8(255)).save(directory / "masks" / name)
+def _write_pair(
+    directory: Path, look: str, size_hw: tuple[int, int], target_fraction: float | None, pair: tuple[str, int]
+) -> None:
+    (name, seed), (height, width) = pair, size_hw
+    scene = render(seed, look, max(size_hw), target_fraction)
+    image_HW3, label_HW = scene.image_HW3[:height, :width], scene.label_HW[:height, :width]
+    Image.fromarray(image_HW3).save(directory / "images" / f"{name}.png", compress_level=1)
+    Image.fromarray(label_HW.astype(np.uint8) * np.uint8(255)).save(directory / "masks" / f"{name}.png")
 
 
 def _publish(work: Path, directory: Path, card: dict) -> None:
@@ -247,6 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, default="demo")
     parser.add_argument("--count", type=int, default=40, help="number of images")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--workers", type=int, default=1, help="processes that render; 0: one per CPU core")
     parser.add_argument(
         "--contact_sheet", action="store_true", help="write contact_sheet.png (at most 24 images) instead"
     )
@@ -257,7 +296,8 @@ def main(argv: list[str] | None = None) -> int:
             path = args.directory / "contact_sheet.png"
             contact_sheet(args.preset, max(1, min(args.count, 24)), args.seed).save(path)
         else:
-            path = write_dataset(args.directory, args.preset, args.count, args.seed)
+            workers = args.workers or len(os.sched_getaffinity(0))
+            path = write_dataset(args.directory, args.preset, args.count, args.seed, workers)
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2

@@ -119,7 +119,7 @@ def kill(kind: str, driver: subprocess.Popen, cluster: "Cluster | None") -> str:
             driver.wait()
             return str(driver.pid)
         case "trial":
-            victims = processes("run_trial")
+            victims = processes("^ray::ImplicitFunc")
             if not victims:
                 return "none: between two trials"
             os.kill(victims[0], signal.SIGKILL)

@@ -32,6 +32,7 @@ RETRIES = 2  # of a trial that crashed, from its last checkpoint
 SESSION = "session"  # Ray's own files, in the sweep's folder
 ENVIRONMENT = {  # of the driver
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the trials' own logs hold all of it
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails before its first validation has no Dice
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -47,8 +47,8 @@ class NotedAsha(ASHAScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decides whether a trial goes on, and notes it if not."""
         decision = super().on_trial_result(tune_controller, trial, result)
-        if result[EPOCH] >= self._num_epochs:
-            return TrialScheduler.CONTINUE  # it has ended, and written its outcome
+        if result.get(EPOCH, self._num_epochs) >= self._num_epochs:
+            return TrialScheduler.CONTINUE  # it has ended, or failed, and written its outcome
         if decision == TrialScheduler.STOP:
             reason = f"at epoch {result[EPOCH]} not among the best 1/{self._reduction_factor:g} with Dice "
             trials.write_outcome(

@@ -24,14 +24,19 @@ from sft.config import TrainConfig, override, parse_args, settings_table
 from sft.devices import plan
 from sft.ranks import rank_environ
 from sft.verify.published_side import HOW_TO_MAKE
+from tune import options as sweep_options
+from tune import space as spaces
+from tune import trials
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
 TRAIN, JOB = "launch/train.py", "launch/run_sft_training.sh"
 RUN, LAST_KEPT = "lora_sft_20261123_124804", "checkpoint_epoch_3"  # what the README calls a run and a checkpoint
+SWEEP = "output_tune/sweep_20261125_230937"  # and a sweep
 SMALL = {"num_epochs": 1, "num_workers": 0, "save_every": 1, "log_every_steps": 1, "gpu": None, "include": None}
 GPUS = {str(number): f"GPU-{number}" for number in range(4)}
-INSTALLED = ("deepspeed", "hf", "tensorboard")
+RECORD = ("random", 8, True, 2, 3, 42, 0.0, "2026-11-25 23:09:37", {}, ["tune/search.py"])  # the rest of a sweep.json
+INSTALLED = ("deepspeed", "hf", "tensorboard", "ray")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -78,10 +83,13 @@ class Place:
         (folder / "val.txt").write_text("Image_01L\n")
         (folder / "vessels.yaml").write_text(self.fill(block("yaml", "model_path")))
         (folder / "hostfile").write_text(block("text", "node-a") + "\n")
+        (folder / SWEEP).mkdir(parents=True)
+        (folder / SWEEP / "best.yaml").write_text("lora_rank: 8\n")
 
     def fill(self, text: str) -> str:
         names = {"/models/Sa2VA-4B": "model", "/data/chase_db1": "data", "/data/vessels": "data"}
         names |= {"/data/val.txt": "val.txt", "/data/synthetic": "synthetic", "/data/tiny_sa2va": "base"}
+        names |= {SWEEP: SWEEP, "/data/sweeps": "sweeps"}
         names |= {"vessels.yaml": "vessels.yaml", "output_sft": "output_sft", "gpu_report": "gpu_report"}
         names |= {"/data/benchmark": "benchmark", "benchmark.json": "benchmark.json", "benchmark.png": "benchmark.png"}
         found = re.compile("|".join(rf"(?<!/){re.escape(name)}" for name in names))
@@ -135,6 +143,7 @@ def test_every_command_is_known_here() -> None:
         "python -m sft.data", "python -m sft.config --table", "python -m sft.synthetic", "python -m sft.pretrain",
         "hf download", "tensorboard --logdir", "python launch/export.py", "python launch/verify.py",
         "python launch/benchmark.py", "python3 -m venv .venv_published", ".venv_published/bin/pip install",
+        "python tune/search.py", "ray start",
     }  # fmt: skip
     unknown = [command for command in COMMANDS if command not in TRAINING and not command.startswith(tuple(others))]
     assert not unknown, "give them a test"
@@ -285,6 +294,34 @@ def test_benchmark_command_is_understood(command: str, place: Place) -> None:
     assert left_for_the_runs == []
 
 
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "tune/search.py" in command])
+def test_search_command_is_understood(command: str, place: Place) -> None:
+    """tests/test_sweep.py runs such commands."""
+    arguments = shlex.split(place.fill(command))[2:]
+    if "--resume" not in arguments:
+        plan = sweep_options.parse(arguments)
+        assert plan.space.axes and plan.resumed is None
+        return
+    plan = sweep_options.parse([])
+    record = trials.Sweep("a", vars(plan.seed_setting), spaces.as_record(plan.space), *RECORD, options=vars(plan.sweep))
+    trials.write_sweep(place.folder / SWEEP, record)
+    assert sweep_options.parse(arguments).resumed == place.folder / SWEEP
+
+
+def test_cluster_commands_are_rays_own() -> None:
+    from ray.scripts.scripts import cli
+
+    for command in (command for command in COMMANDS if command.startswith("ray ")):
+        _, name, *arguments = shlex.split(command)
+        cli.commands[name].make_context(name, arguments)
+
+
+def test_space_in_the_readme_is_a_part_of_the_shipped_one() -> None:
+    shown = yaml.safe_load(block("yaml", "lora_rank"))
+    whole = yaml.safe_load((ROOT / "tune" / "space.yaml").read_text())
+    assert {name: whole[name] for name in shown} == shown
+
+
 def test_watching_commands_find_the_runs_lines(place: Place, demo: Path) -> None:
     shown = [place.fill(c) for c in COMMANDS if c.startswith(("tail", "grep", "jq")) and "output_sft" in c]
     assert len(shown) == 4
@@ -345,11 +382,17 @@ def test_adapter_goes_onto_a_model_as_the_python_block_says(place: Place, monkey
 # What the README says of the program
 
 
-def test_settings_table_is_the_generated_one() -> None:
-    assert f"\n\n{settings_table()}\n\n" in ENGLISH, "take over what `python -m sft.config --table` prints"
+TABLES = {"settings": settings_table(), "sweep": sweep_options.sweep_table()}
 
 
-def test_chinese_settings_table_has_the_same_keys_defaults_and_ranges() -> None:
+@pytest.mark.parametrize("table", TABLES)
+def test_settings_table_is_the_generated_one(table: str) -> None:
+    how = "take over what `python -m sft.config --table` or `python -m tune.options --table` prints"
+    assert f"\n\n{TABLES[table]}\n\n" in ENGLISH, how
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_chinese_settings_table_has_the_same_keys_defaults_and_ranges(table: str) -> None:
     words = {"integer": "整数", "number": "数", "path": "路径", "text": "文本", "any of ": "可多选：", " or ": " 或 "}
     words |= {"names with commas between": "名称，逗号分隔", ", or none": "，或 none", ", or auto": "，或 auto"}
     words |= {" and at most ": " 且 <= ", " and below ": " 且 < "}
@@ -360,12 +403,12 @@ def test_chinese_settings_table_has_the_same_keys_defaults_and_ranges() -> None:
         return line.strip("| ").split(" | ")
 
     expected = []
-    for line in settings_table().splitlines()[2:]:
+    for line in TABLES[table].splitlines()[2:]:
         key, default, allowed, _ = row(line)
         expected.append([key, default, pattern.sub(lambda match: words[match[0]], allowed)])
-    table = CHINESE[CHINESE.index("| 键 |") :].partition("\n\n")[0].splitlines()
-    assert [row(line)[:3] for line in table[2:]] == expected
-    assert all(re.search(r"[一-鿿]", row(line)[3]) for line in table[2:])
+    (lines,) = [part for part in CHINESE.split("\n\n") if f"| {expected[0][0]} |" in part and "| 键 |" in part]
+    assert [row(line)[:3] for line in lines.splitlines()[2:]] == expected
+    assert all(re.search(r"[一-鿿]", row(line)[3]) for line in lines.splitlines()[2:])
 
 
 def tree(text: str) -> dict[str, set[str]]:

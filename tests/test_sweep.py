@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,13 @@ def test_only_the_best_adapter_stays_on_the_disk(ended):
     assert (sweep / "best_checkpoint" / "adapter_model.safetensors").is_file()
     assert list(sweep.glob("trials/*/*/checkpoint_*")) == []
     assert not (sweep / "best_checkpoint" / "training_state.pt").exists()
+
+
+def test_it_leaves_what_the_readme_shows(ended):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^output_tune/\w+/\n((?:  .*\n)+)```", readme, re.MULTILINE)
+    there = {path.name + "/" * path.is_dir() for path in ended[0].iterdir()}
+    assert {line.split()[0] for line in shown.splitlines()} == there
 
 
 def test_every_trial_has_the_sweeps_split(ended):

@@ -29,6 +29,7 @@ from sft.config import TrainConfig, UserError, deepspeed_config_path
 from sft.finite import check_weights
 from sft.flat import Layout, Vector, Vectors, layout, vectors_of
 from sft.ranks import ensure_rank, was_launched
+from sft.schedule import learning_rate_factor
 
 # DeepSpeed picks its accelerator while it is imported, so the choice has to stand before that.
 if not torch.cuda.is_available():
@@ -196,27 +197,6 @@ def initialize(
     _forget_gradients_after_step(engine)
     _clip_without_waiting(engine, config.max_grad_norm)
     return engine
-
-
-def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, kind: str) -> float:
-    """What the learning rate is multiplied by at a step: a linear rise to 1, then the schedule towards 0.
-
-    Args:
-        step: 0-based optimizer step. No step has the factor 0: neither the first nor the last is wasted.
-        kind: cosine | linear | constant.
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    match kind:
-        case "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * done))
-        case "linear":
-            return 1.0 - done
-        case "constant":
-            return 1.0
-        case _:
-            raise ValueError(f"lr_scheduler {kind!r}: expected cosine, linear or constant")
 
 
 def set_schedule_step(ds_engine: Engine, step: int) -> None:

@@ -12,6 +12,7 @@ import toy
 from sft import engine
 from sft.config import DEEPSPEED_CONFIGS, TrainConfig, UserError
 from sft.finite import DivergedError, FiniteWatch
+from sft.schedule import learning_rate_factor
 
 
 def write(directory, keys):
@@ -89,7 +90,7 @@ def test_unknown_json_name_lists_those_that_exist():
 
 def test_schedule_at_hand_computed_steps():
     def factor(step, kind="cosine"):
-        return engine.learning_rate_factor(step, total_steps=10, warmup_steps=2, kind=kind)
+        return learning_rate_factor(step, total_steps=10, warmup_steps=2, kind=kind)
 
     assert [factor(step) for step in (0, 1, 2)] == [1 / 3, 2 / 3, 1.0]
     assert factor(6) == pytest.approx(0.5)  # halfway from step 2 to 10
@@ -102,12 +103,12 @@ def test_schedule_at_hand_computed_steps():
 
 
 def test_schedule_without_warmup_starts_at_the_peak():
-    assert engine.learning_rate_factor(0, total_steps=1, warmup_steps=0, kind="cosine") == 1.0
+    assert learning_rate_factor(0, total_steps=1, warmup_steps=0, kind="cosine") == 1.0
 
 
 def test_unknown_schedule_lists_the_known():
     with pytest.raises(ValueError, match="cosine, linear or constant"):
-        engine.learning_rate_factor(0, 10, 0, "step")
+        learning_rate_factor(0, 10, 0, "step")
 
 
 # The process group
@@ -148,7 +149,7 @@ def plain_training(settings, ranks, steps):
     for step in range(steps):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             warmup_steps = math.ceil(settings.warmup_ratio * toy.TOTAL_STEPS)
-            group["lr"] = peak * engine.learning_rate_factor(step, toy.TOTAL_STEPS, warmup_steps, "cosine")
+            group["lr"] = peak * learning_rate_factor(step, toy.TOTAL_STEPS, warmup_steps, "cosine")
         for master in masters.values():
             master.grad = torch.zeros_like(master)
         for micro in range(settings.gradient_accumulation_steps):

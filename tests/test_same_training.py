@@ -23,6 +23,7 @@ from sft.config import TrainConfig
 from sft.encoders import Encoders, Sizes
 from sft.features import Item
 from sft.model import lora, published
+from sft.schedule import learning_rate_factor
 from sft.stopwatch import Stopwatch
 from sft.train import Result, train
 
@@ -148,7 +149,7 @@ def by_adamw(config: TrainConfig, batches: list, steps: int) -> tuple[list[float
     optimizer = torch.optim.AdamW(masters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     warm_up, losses = math.ceil(config.warmup_ratio * STEPS), []
     for step in range(steps):
-        factor = engine.learning_rate_factor(step, STEPS, warm_up, config.lr_scheduler)
+        factor = learning_rate_factor(step, STEPS, warm_up, config.lr_scheduler)
         optimizer.param_groups[0]["lr"] = factor * config.learning_rate
         batch = batches[step % 2]
         total = loop.loss_terms(model(batch.prompt, batch.vision, batch.sam2).masks, batch, config)["total"]

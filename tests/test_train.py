@@ -38,6 +38,7 @@ from sft.model import lora, published
 from sft.model.export import export
 from sft.model.sa2va import upsample
 from sft.model.sa2va_internvl import Sa2VAInternVL
+from sft.schedule import learning_rate_factor
 from sft.train import train
 from sft.validation import validate_directory
 
@@ -561,7 +562,7 @@ def test_rows_tell_loss_speed_and_scores(plain):
     assert train_row["loss"] == pytest.approx(weighted, rel=1e-5)
     assert stored[-1].keys() >= {"dice", "iou", "recall", "precision", "dice_best", "threshold_best", "seg_rate"}
     assert [row["lr"] for row in stored if row["kind"] == "step"] == pytest.approx(
-        [0.01 * engine.learning_rate_factor(step, 4, 1, "cosine") for step in range(4)]
+        [0.01 * learning_rate_factor(step, 4, 1, "cosine") for step in range(4)]
     )
 
 

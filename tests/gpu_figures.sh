@@ -10,8 +10,8 @@
 #   loss      ComboLoss forward and backward
 #   sizes     load, train, save, export: 8b internlm2-8b qwen2_5vl-3b qwen2_5vl-7b qwen3vl-4b 4b (cold)
 #   tests     pytest -m gpu, then the tests of engine, checkpoints and training, which take the GPU where there is one
-#   sweep     tests/gpu_sweep.sh OUT, if it is there; rows it writes to OUT/sweep.json (fields of Figure in
-#             gpu_figures.py) go to the table
+#   batches   what batch 1, 4 and 16 reach in Dice at equal epochs and at equal time, on the demo: tests/gpu_batch_sizes.py
+#   sweep     trials per hour (rates), and what early stopping saves (asha): tests/gpu_sweep.py; needs ray
 # OUT receives figures.md, figures.json and logs.tar.gz, eight files at most. Rows of an earlier call stay.
 # A command has a time limit of its own; a failure does not keep the others from running.
 #   LIMIT_S=580          seconds for the whole call: what no longer fits is named as not run
@@ -22,10 +22,13 @@ set -u
 usage='usage: bash tests/gpu_figures.sh OUT [PART[:CHOICE[,CHOICE...]] ...]'
 out=$(realpath -m "${1:?$usage}"); shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
-all=(speed profile seed_job memory shapes scaling loss sizes tests sweep)
+all=(speed profile seed_job memory shapes scaling loss sizes tests batches sweep)
 for part in "$@"; do
   case " ${all[*]} " in *" ${part%%:*} "*) ;; *) echo "error: no part ${part%%:*}; there are: ${all[*]}" >&2; exit 2 ;; esac
-  case $part in shapes:* | sizes:*) ;; *:*) echo "error: $part: only shapes and sizes have choices" >&2; exit 2 ;; esac
+  case $part in
+    shapes:* | sizes:* | sweep:*) ;;
+    *:*) echo "error: $part: only shapes, sizes and sweep have choices" >&2; exit 2 ;;
+  esac
 done
 export SHAPE=${SHAPE:-4b} PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export FIGURES_FOLDER=${FIGURES_FOLDER:-${TMPDIR:-/tmp}/sa2va_sft_figures}
@@ -127,9 +130,17 @@ tests() {
   measure tests:training 300 "$logs/tests_training.xml" "${command[@]}" "$logs/tests_training.xml" -m "not gpu" \
     tests/test_engine.py tests/test_checkpoint.py tests/test_same_training.py
 }
+batches() {
+  local flags=()
+  [ "$SHAPE" != tiny ] || flags=(--sizes 4 --factors 1 --num_epochs 1)
+  measure batches 540 "$logs/batches/batch_sizes.json" python3 tests/gpu_batch_sizes.py "$logs/batches" "${flags[@]}"
+}
 sweep() {
-  if [ ! -f tests/gpu_sweep.sh ]; then skip sweep "there is no tests/gpu_sweep.sh"; return; fi
-  measure sweep 540 "$out/sweep.json" bash tests/gpu_sweep.sh "$out"
+  local choice
+  for choice in ${1:-rates asha}; do
+    measure "sweep:$choice" 560 "$logs/sweep_$choice/sweep.json" \
+      bash tests/gpu_sweep.sh "$logs/sweep_$choice" "$choice"
+  done
 }
 
 for part in "${@:-${all[@]}}"; do

@@ -217,6 +217,7 @@ READERS: dict[str, Callable[..., Iterator[Figure]]] = {
     "loss": of_loss,
     "sizes": of_sizes,
     "tests": of_tests,
+    "batches": of_rows,
     "sweep": of_rows,
 }
 

@@ -14,12 +14,14 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,11 +121,12 @@ def kill(kind: str, driver: subprocess.Popen, cluster: "Cluster | None") -> str:
             driver.wait()
             return str(driver.pid)
         case "trial":
-            victims = processes("^ray::ImplicitFunc")
+            below = psutil.Process(driver.pid).children(recursive=True)
+            victims = [process for process in below if (process.cmdline() or [""])[0].startswith("ray::ImplicitFunc")]
             if not victims:
                 return "none: between two trials"
-            os.kill(victims[0], signal.SIGKILL)
-            return str(victims[0])
+            victims[0].kill()
+            return str(victims[0].pid)
         case "node":
             return cluster.kill_second()
         case _:
@@ -131,16 +134,18 @@ def kill(kind: str, driver: subprocess.Popen, cluster: "Cluster | None") -> str:
 
 
 class Cluster:
-    """Two Ray nodes of one core each on this machine."""
+    """Two Ray nodes of one core each on this machine, beside any other."""
 
     def __init__(self, environment: dict) -> None:
-        self._ray = [sys.executable, "-m", "ray.scripts.scripts"]
-        self._environment = environment
-        self.address = "127.0.0.1:6399"
-        self._call("start", "--head", "--port=6399", "--num-cpus=1", "--include-dashboard=false")
-        first = set(processes("raylet/raylet"))
-        self._call("start", f"--address={self.address}", "--num-cpus=1")
-        self._second = (set(processes("raylet/raylet")) - first).pop()
+        self._folder, self._environment = tempfile.mkdtemp(prefix="drill_ray_"), environment
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        port = self.address.partition(":")[2]
+        self._start("--head", f"--port={port}", f"--temp-dir={self._folder}", "--include-dashboard=false")
+        first = self._raylets()
+        self._start(f"--address={self.address}")
+        (self._second,) = self._raylets() - first
 
     def kill_second(self) -> str:
         """Kills the second node: its raylet, and with it its workers."""
@@ -148,11 +153,17 @@ class Cluster:
         return str(self._second)
 
     def stop(self) -> None:
-        """Ends both."""
-        self._call("stop", "--force")
+        """Ends both, and nothing else."""
+        subprocess.run(["pkill", "-KILL", "-f", self._folder])
+        shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _call(self, *words: str) -> None:
-        subprocess.run([*self._ray, *words], env=self._environment, check=True, capture_output=True, timeout=LIMIT_S)
+    def _start(self, *words: str) -> None:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", *words]
+        subprocess.run(command, env=self._environment, check=True, capture_output=True, timeout=LIMIT_S)
+
+    def _raylets(self) -> set[int]:
+        done = subprocess.run(["pgrep", "-f", f"raylet/raylet .*{self._folder}"], capture_output=True, text=True)
+        return set(map(int, done.stdout.split()))
 
 
 def state(sweep: Path) -> dict[str, tuple[list[str], str]]:
@@ -196,12 +207,6 @@ def finished(sweep: Path) -> bool:
 def validations(sweep: Path) -> int:
     """Validations of all trials so far."""
     return sum(len(rows) for rows, _ in state(sweep).values())
-
-
-def processes(words: str) -> list[int]:
-    """Processes whose command line holds these words."""
-    done = subprocess.run(["pgrep", "-f", words], capture_output=True, text=True)
-    return sorted(pid for pid in map(int, done.stdout.split()) if pid != os.getpid())
 
 
 def ray_of(driver: int) -> list[int]:

@@ -1,0 +1,122 @@
+"""What early stopping saves and what sharing a GPU gains, in sweeps on the embedded base.
+
+Usage: python3 tests/gpu_sweep.py OUT rates|asha [--small] [--folder DIR]
+  rates  trials per hour with 1, 2, 4 and 8 trials on a GPU (on a CPU: one per core)
+  asha   27 trials to their end and the same 27 under ASHA: device hours and best Dice, beside the spread between seeds
+OUT/sweep.json receives rows (fields of Figure in gpu_readers.py), each as soon as it is known. --small: few and short
+trials, to see that it runs. DIR keeps the sweeps. Uses the python3 of the machine as it is; ray must be there.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from gpu_readers import Figure  # noqa: E402
+
+from tune import trials  # noqa: E402
+from tune.trials import Trial  # noqa: E402
+
+SHARES = {1: "1", 2: "0.5", 4: "0.25", 8: "0.125"}
+RATE_TRIALS, RATE_EPOCHS = 8, 4
+ASHA_TRIALS, ASHA_EPOCHS, IMAGES, SEEDS = 27, 27, 100, 3
+
+
+def main() -> int:
+    """Measures one part; returns 1 if a sweep failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("part", choices=("rates", "asha"))
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--folder", type=Path)
+    options = parser.parse_args()
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="sa2va_sft_sweeps_"))
+    folder.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: list[Figure] = []
+
+    def keep(figure: Figure) -> None:
+        rows.append(figure)
+        trials.write_json(options.out / "sweep.json", [dataclasses.asdict(row) for row in rows])
+        print(f"{figure.what}: {figure.measured}", flush=True)
+
+    match options.part:
+        case "rates":
+            rates(folder, keep, options.small)
+        case "asha":
+            asha(folder, keep, options.small)
+    return 0
+
+
+def rates(folder: Path, keep, small: bool) -> None:
+    """Trials per hour for each number of trials at a time."""
+    import torch
+
+    for count in SHARES if torch.cuda.is_available() else (1, 2):
+        number, epochs = (2, 1) if small else (max(RATE_TRIALS, count), RATE_EPOCHS)
+        words = ["--num_trials", number, "--num_epochs", epochs, "--no_early_stop", "--max_concurrent", count]
+        found = search(folder, f"rate_{count}", *words, "--gpus_per_trial", SHARES[count])
+        # The first process starts before its first row, by what the row says.
+        first = min(row["time"] - row["device_s"] for trial in found for row in trial.rows)
+        last = max(row["time"] for trial in found for row in trial.rows)
+        per_hour = 3600 * len(found) / (last - first)
+        started = statistics.median(row["start_s"] for trial in found for row in trial.rows[:1])
+        note = f"{number} trials of {epochs} epochs; process start to first step {started:.1f} s"
+        keep(Figure(f"trials per hour, {count} at a time", per_hour, note=note))
+
+
+def asha(folder: Path, keep, small: bool) -> None:
+    """Device time and best Dice with and without early stopping, on the same points."""
+    number, epochs, images, seeds = (4, 3, 5, 2) if small else (ASHA_TRIALS, ASHA_EPOCHS, IMAGES, SEEDS)
+    data = folder / f"images_{images}"
+    if not (data / "dataset.json").exists():
+        command = [sys.executable, "-m", "sft.synthetic", data, "--count", images, "--seed", 7, "--workers", 0]
+        subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
+    words = ["--config", ROOT / "tune" / "demo.yaml", "--space", ROOT / "tune" / "demo_space.yaml"]
+    words += ["--data_root", data, "--num_trials", number, "--num_epochs", epochs, "--gpus_per_trial", "0.25"]
+    words += ["--grace", 1 if small else 3]
+    stopped = search(folder, "asha", *words, "--seeds", seeds)
+    own = [trial for trial in stopped if not trial.is_repeat]
+    best = trials.best_of(own)
+    again = [trial.dice_so_far for trial in stopped if trial.origin.startswith(f"trial {best.number},")]
+    spread = statistics.stdev([best.dice_so_far, *again])
+    keep(Figure("best Dice with ASHA", best.dice_so_far, note=f"trial {best.number} of {number}"))
+    keep(Figure("spread of its Dice between seeds", spread, note=f"standard deviation, {1 + len(again)} seeds"))
+    whole = search(folder, "whole", *words, "--no_early_stop")
+    best_whole = trials.best_of(whole)
+    keep(Figure("best Dice without early stopping", best_whole.dice_so_far, note=f"trial {best_whole.number}"))
+    share = hours(own) / hours(whole)
+    note = f"{hours(own):.3f} of {hours(whole):.3f} hours; epochs {epochs_of(own)} of {epochs_of(whole)}"
+    keep(Figure("device time of ASHA against no early stopping", share, at_most=0.35, note=note))
+    loss = best_whole.dice_so_far - best.dice_so_far
+    keep(Figure("Dice lost by early stopping", loss, at_most=spread, note="at most the spread between seeds"))
+
+
+def search(folder: Path, name: str, *words: object) -> list[Trial]:
+    """Runs a sweep, or takes the one that is there; gives its trials."""
+    sweep = folder / name
+    if not (sweep / "best.yaml").exists():
+        given = ["--resume", sweep] if sweep.exists() else ["--storage_path", folder, "--name", name, *words]
+        command = [sys.executable, ROOT / "tune" / "search.py", *given]
+        subprocess.run(list(map(str, command)), check=True)
+    return trials.read_all(sweep)
+
+
+def hours(found: list[Trial]) -> float:
+    """Device time of trials; a trial's process counts while it lives."""
+    return sum(trial.device_s for trial in found) / 3600
+
+
+def epochs_of(found: list[Trial]) -> int:
+    """Epochs that were trained."""
+    return sum(trial.epoch for trial in found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

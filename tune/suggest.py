@@ -7,6 +7,7 @@ was. Optuna is told every earlier trial anew. Knows nothing of Ray; only this fi
 
 import dataclasses
 import itertools
+import math
 import random
 import warnings
 from collections.abc import Sequence
@@ -99,9 +100,12 @@ def repeats(known: Sequence[Trial], base: TrainConfig, seeds: int, best: int = 3
 
 def new_trials(plan: Plan) -> int:
     """Trials of the sweep in all, repeats with other seeds aside: a grid may have fewer points than asked for."""
-    if plan.sweep.search != "grid":
-        return plan.sweep.num_trials
-    return min(plan.sweep.num_trials, len(_given(plan)) + sum(1 for _ in plan.space.grid()))
+    return min(plan.sweep.num_trials, _grid_trials(plan)) if plan.sweep.search == "grid" else plan.sweep.num_trials
+
+
+def left_out(plan: Plan) -> int:
+    """Combinations of a grid that num_trials has no room for."""
+    return max(0, _grid_trials(plan) - plan.sweep.num_trials) if plan.sweep.search == "grid" else 0
 
 
 def check(plan: Plan) -> None:
@@ -111,6 +115,10 @@ def check(plan: Plan) -> None:
             import optuna  # noqa: F401
         except ImportError:
             raise UserError("search optuna needs the package optuna: pip install 'sa2va-sft[optuna]'") from None
+
+
+def _grid_trials(plan: Plan) -> int:
+    return len(_given(plan)) + math.prod(len(axis.values) for axis in plan.space.axes)
 
 
 def _searched(known: Sequence[Trial]) -> int:

@@ -220,6 +220,8 @@ def probes(space: Space) -> Iterator[Values]:
 
 
 def _entry(key: str, entry: Any) -> tuple[str, Any]:
+    if isinstance(entry, dict) and "expression" in entry and len(entry) > 1:
+        raise UserError(f"{key}: YAML ends an expression at its comma; write it in quotes, {{expression: 'min(a, b)'}}")
     if not isinstance(entry, dict) or len(entry) != 1:
         raise UserError(
             f"{key}: {as_text(str(entry))} is not allowed; give one of {', '.join(KINDS)}, e.g. choice: [1, 2]"

@@ -68,7 +68,7 @@ def test_a_file_then_flags_make_the_seed_setting(config):
 
 @pytest.mark.parametrize("name", sorted(settings_of(TrainConfig).keys() - OURS.keys()))
 def test_every_setting_of_a_run_is_a_flag(name, config):
-    plan = parse(["--config", str(config), f"--{name}", settings_of(TrainConfig)[name].default_text])
+    plan = parse(["--config", str(config), f"--{name}", settings_of(TrainConfig)[name].default_text.strip("'")])
     assert getattr(plan.seed_setting, name) == getattr(TrainConfig(), name)
 
 

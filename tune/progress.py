@@ -73,8 +73,8 @@ class LiveTable:
     def summary(self, found: Sequence[Trial], running: Sequence[int]) -> str:
         """How many trials, the best, and the time left."""
         ended = [trial for trial in found if trial.status != "unfinished"]
-        best = best_of(found)
-        text = f"{len(ended)} of {self._total} trials ended, {len(running)} running"
+        best, runs = best_of(found), set(running) - {trial.number for trial in ended}  # the last moments are none
+        text = f"{len(ended)} of {self._total} trials ended, {len(runs)} running"
         if best:
             text += f" | best Dice {best.dice_so_far:.4f} of trial {best.number}"
         return f"{text} | {format_duration(time.monotonic() - self._started_s)}, ETA {self._eta(found, ended)}"

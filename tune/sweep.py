@@ -42,6 +42,13 @@ def run(plan: Plan) -> int:
     gpus = claim_devices(plan.seed_setting)
     folder = plan.resumed or make_folder(plan)
     holder = keeping.lock(folder)  # before anything in it is changed: somebody else may be running it
+    try:
+        return _drive(plan, folder, gpus)
+    finally:
+        os.close(holder)
+
+
+def _drive(plan: Plan, folder: Path, gpus: list[str]) -> int:
     from tune import driver  # Ray loads here
 
     print(f"Sweep {folder}", flush=True)
@@ -65,7 +72,6 @@ def run(plan: Plan) -> int:
     except KeyboardInterrupt:
         finished = False
     conclude(folder, sweep, finished)
-    os.close(holder)
     return 0 if finished else INTERRUPTED
 
 

@@ -81,6 +81,14 @@ def test_a_trial_at_its_last_epoch_ends_by_itself(tmp_path):
     assert {outcome(tmp_path, number).status for number in (0, 1)} == {"unfinished"}
 
 
+def test_a_trial_that_failed_before_its_first_validation_is_not_judged(tmp_path):
+    session = Session(tmp_path, small.sweep())
+    session.start(0)
+    assert session.asha.on_trial_result(None, session.started[0], {"done": True, "config/number": 0}) == CONTINUE
+    session.asha.on_trial_complete(None, session.started[0], {"done": True})
+    assert session.rungs() == {1: [], 3: []}
+
+
 def test_rungs_are_those_that_the_report_names(tmp_path):
     for base, changes in (
         (TrainConfig(num_epochs=30), {"grace_epochs": 3}),

@@ -121,6 +121,9 @@ def test_the_seed_settings_parameters_are_told_where_something_tells_them():
     assert decay.params_of(TrainConfig(learning_rate=3e-4, weight_decay=3e-5))["ratio"] == 0.1  # 0.1 * 3e-4 != 3e-5
     unrelated = Space((*found.axes, Axis("free", "choice", (1, 2))), found.expressions | {"focal_gamma": "free * 3"})
     assert "free" not in unrelated.params_of(BASE)
+    dropout, two = Axis("lora_dropout", "uniform", (0, 0.5)), (Axis("a", "choice", (1, 2)), Axis("b", "choice", (1, 2)))
+    either = Space((*two, dropout), {"lora_alpha": "64 * a * b", "weight_decay": "0 * lora_dropout"})
+    assert either.params_of(BASE) == {"lora_dropout": 0.05}  # 1 and 2, or 2 and 1
     assert not found.holds(found.params_of(BASE))  # rank 64 is none of the choices
 
 

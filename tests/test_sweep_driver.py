@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 import small_sweeps as small
+from ray.tune.execution.tune_controller import TuneController
 
 from sft.config import TrainConfig
 from sft.ranks import rank_environ
@@ -80,6 +81,16 @@ def test_trials_inherit_neither_rank_nor_port_of_the_driver(monkeypatch):
     assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & environ.keys()
     assert options["num_gpus"] == 2 and options["address"] == "local"
     assert options["runtime_env"]["env_vars"]["PYTHONPATH"].split(os.pathsep) == [str(driver.ROOT), "/mine"]
+
+
+def test_ray_lets_a_trial_end_without_a_dice(monkeypatch):
+    """Otherwise the first trial that fails before its first validation ends the sweep."""
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    driver.start_ray(None, [])
+    asks = SimpleNamespace(metric="dice_so_far")
+    controller = SimpleNamespace(_metric=None, _search_alg=asks, _scheduler_alg=asks)
+    TuneController._validate_result_metrics(controller, {"done": True, "config/number": 3, "config/ranks": 1})
 
 
 def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch):

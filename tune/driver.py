@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray import tune
 from ray.tune import Callback
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -38,6 +39,7 @@ ENVIRONMENT = {  # of the driver
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # otherwise Tune prints a table of its own
     "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails before its first validation has no Dice to tell
 }
 
 
@@ -180,7 +182,7 @@ class Phase:
                 name=f"{SESSION}_{time.strftime('%Y%m%d_%H%M%S')}",
                 storage_path=str(self._folder / "ray"),
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[watch],
+                callbacks=[watch, Silent()],
                 verbose=0,
             ),
         )
@@ -289,6 +291,19 @@ class Watch(Callback):
         lines = crash.read_text(encoding="utf-8", errors="replace").split("\n") if crash.exists() else []
         last = next((line for line in reversed(lines) if line.strip()), "its process died")
         trials.write_outcome(folder, "failed", f"crashed {RETRIES + 1} times: {last}", held_s)
+
+
+class Silent(TrialProgressCallback):
+    """In place of the lines that Ray prints of its own where a trial ends without a validation."""
+
+    def on_trial_result(self, *_: Any, **info: Any) -> None:
+        """Nothing: `Watch` shows it."""
+
+    def on_trial_error(self, *_: Any, **info: Any) -> None:
+        """Nothing: `Watch` shows it."""
+
+    def on_trial_complete(self, *_: Any, **info: Any) -> None:
+        """Nothing: `Watch` shows it."""
 
 
 def trials_of(folder: Path) -> list[Trial]:

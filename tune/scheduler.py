@@ -46,6 +46,8 @@ class NotedAsha(ASHAScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decides whether a trial goes on, and notes it if not."""
+        if EPOCH not in result:  # it has failed before its first validation, and ends by itself
+            return TrialScheduler.CONTINUE
         decision = super().on_trial_result(tune_controller, trial, result)
         if result[EPOCH] >= self._num_epochs:
             return TrialScheduler.CONTINUE  # it has ended, and written its outcome

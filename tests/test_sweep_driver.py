@@ -39,6 +39,7 @@ from tune.trials import Trial
         ((16, 4), {"gpus_per_trial": 2, "ranks_per_trial": 2}, (8, 2), 2),
         ((32, 4), {"gpus_per_trial": 0.5}, (4, 0.5), 8),
         ((32, 2), {"gpus_per_trial": 0.3}, (5, 0.3), 6),  # three lie whole on each
+        ((32, 5), {"gpus_per_trial": 0.4}, (3, 0.4), 10),  # two on each, not 12 of 5 / 0.4
         ((32, 2), {"gpus_per_trial": 0.75}, (16, 0.75), 2),
         ((32, 1), {"gpus_per_trial": 0.1}, (3, 0.1), 10),
         ((2, 4), {}, (1, 1), 2),  # cores are short

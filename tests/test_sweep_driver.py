@@ -244,6 +244,28 @@ def test_when_a_trial_ends_the_search_hears_of_it_and_the_best_is_written(tmp_pa
     assert json.loads((folder / "outcome.json").read_text())["status"] == "stopped"
 
 
+def test_repeats_have_what_time_the_search_has_left(tmp_path, monkeypatch):
+    small.put(tmp_path, small.trial(0, [0.5]))
+    asked = []
+
+    class Tuner:
+        def __init__(self, *_, tune_config, **__):
+            asked.append(tune_config.time_budget_s)
+
+        def fit(self):
+            small.put(tmp_path, small.repeat(1, of=0, seed=43))
+
+    monkeypatch.setattr(driver.tune, "Tuner", Tuner)
+    for waited_s, asked_s, ended in ((100.0, [], False), (99.0, [1.0], True)):
+        plan = small.plan(num_trials=1, seeds=2, time_budget_s=100)
+        phase = driver.Phase(plan, small.sweep(), tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
+        now_s = phase._started_s + waited_s
+        with monkeypatch.context() as patch:
+            patch.setattr(driver.time, "monotonic", lambda now_s=now_s: now_s)
+            assert sweep.search(phase, plan, tmp_path) is ended
+        assert asked == pytest.approx(asked_s)
+
+
 def test_a_sweep_whose_trials_have_all_ended_starts_nothing(tmp_path):
     for number in range(2):
         small.put(tmp_path, small.trial(number, [0.5]))

@@ -131,7 +131,7 @@ def prepare_nodes(config: TrainConfig, highest_rank: int, needs: dict[str, float
 
 
 class Phase:
-    """One run of Tune over some trials.
+    """Runs of Tune over some trials, one after the other; together they have the sweep's time.
 
     Args:
         plan: of the sweep.
@@ -144,6 +144,7 @@ class Phase:
     def __init__(self, plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], concurrent: int):
         self._plan, self._sweep, self._folder = plan, sweep, folder
         self._needs, self._concurrent = needs, concurrent
+        self._started_s = time.monotonic()
 
     def run(self, queue: Sequence[Trial], suggestions: Suggestions | None, early_stop: bool) -> bool:
         """Runs trials until all have ended, or time is over, or somebody interrupts.
@@ -160,6 +161,9 @@ class Phase:
         samples = len(queue) + (suggestions.left if suggestions else 0)
         if samples == 0:
             return True
+        left_s = self._plan.sweep.time_budget_s and self._plan.sweep.time_budget_s - time.monotonic() + self._started_s
+        if left_s is not None and left_s <= 0:
+            return False
         scheduler = NotedAsha(self._folder, self._sweep, known) if early_stop else FIFOScheduler()
         ranks = self._plan.sweep.ranks(self._needs["GPU"])
         of_rank = {"CPU": max(1, self._needs["CPU"] // ranks), "GPU": self._needs["GPU"] / ranks}
@@ -176,7 +180,7 @@ class Phase:
                 scheduler=scheduler,
                 num_samples=samples,
                 max_concurrent_trials=self._concurrent,
-                time_budget_s=self._plan.sweep.time_budget_s,
+                time_budget_s=left_s,
             ),
             run_config=tune.RunConfig(
                 name=f"{SESSION}_{time.strftime('%Y%m%d_%H%M%S')}",

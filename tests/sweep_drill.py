@@ -8,6 +8,7 @@ number of validations the driver, one trial's process or the second node is kill
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -20,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +31,7 @@ KEPT = {"model_path", "data_root", "val_list", "lora_rank", "lora_alpha", "lora_
 KEPT |= {"num_epochs", "batch_size", "val_batch_size", "seg_rate_samples", "gradient_checkpointing", "num_workers"}
 SPACE = "lora_rank: {choice: [2, 4, 8]}\nlearning_rate: {loguniform: [1.0e-3, 3.0e-2]}\n"
 LIMIT_S = 600
+TRIAL_TITLE = "ray::ImplicitFunc"  # what Ray calls the process of a function that it runs as a trial
 
 
 def main() -> int:
@@ -119,11 +122,12 @@ def kill(kind: str, driver: subprocess.Popen, cluster: "Cluster | None") -> str:
             driver.wait()
             return str(driver.pid)
         case "trial":
-            victims = processes("run_trial")
+            wait_for(lambda: trials_of(driver.pid) or driver.poll() is not None, "trial")
+            victims = trials_of(driver.pid)
             if not victims:
-                return "none: between two trials"
-            os.kill(victims[0], signal.SIGKILL)
-            return str(victims[0])
+                return "none: all have ended"
+            victims[0].kill()
+            return str(victims[0].pid)
         case "node":
             return cluster.kill_second()
         case _:
@@ -202,6 +206,17 @@ def processes(words: str) -> list[int]:
     """Processes whose command line holds these words."""
     done = subprocess.run(["pgrep", "-f", words], capture_output=True, text=True)
     return sorted(pid for pid in map(int, done.stdout.split()) if pid != os.getpid())
+
+
+def trials_of(driver: int) -> list[psutil.Process]:
+    """Trials of this driver alone: other sweeps may run on the machine."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(driver).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "".join(process.cmdline()).startswith(TRIAL_TITLE):
+                    found.append(process)
+    return found
 
 
 def ray_of(driver: int) -> list[int]:

@@ -8,6 +8,7 @@ number of validations the driver, one trial's process or the second node is kill
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -31,6 +32,7 @@ KEPT = {"model_path", "data_root", "val_list", "lora_rank", "lora_alpha", "lora_
 KEPT |= {"num_epochs", "batch_size", "val_batch_size", "seg_rate_samples", "gradient_checkpointing", "num_workers"}
 SPACE = "lora_rank: {choice: [2, 4, 8]}\nlearning_rate: {loguniform: [1.0e-3, 3.0e-2]}\n"
 LIMIT_S = 600
+TRIAL_TITLE = "ray::ImplicitFunc"  # what Ray calls the process of a function that it runs as a trial
 
 
 def main() -> int:
@@ -121,10 +123,10 @@ def kill(kind: str, driver: subprocess.Popen, cluster: "Cluster | None") -> str:
             driver.wait()
             return str(driver.pid)
         case "trial":
-            below = psutil.Process(driver.pid).children(recursive=True)
-            victims = [process for process in below if (process.cmdline() or [""])[0].startswith("ray::ImplicitFunc")]
+            wait_for(lambda: trials_of(driver.pid) or driver.poll() is not None, "trial")
+            victims = trials_of(driver.pid)
             if not victims:
-                return "none: between two trials"
+                return "none: all have ended"
             victims[0].kill()
             return str(victims[0].pid)
         case "node":
@@ -207,6 +209,17 @@ def finished(sweep: Path) -> bool:
 def validations(sweep: Path) -> int:
     """Validations of all trials so far."""
     return sum(len(rows) for rows, _ in state(sweep).values())
+
+
+def trials_of(driver: int) -> list[psutil.Process]:
+    """Trials of this driver alone: other sweeps may run on the machine."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(driver).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "".join(process.cmdline()).startswith(TRIAL_TITLE):
+                    found.append(process)
+    return found
 
 
 def ray_of(driver: int) -> list[int]:

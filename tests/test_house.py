@@ -45,6 +45,8 @@ OWNERS = {
     "tensorboard": ("sft/report/",),
     "matplotlib": ("tune/pictures.py",),
     "sklearn": ("tune/importance.py",),
+    "optuna": ("tune/suggest.py",),
+    "psutil": ("tune/trial_run.py",),
 }
 NEVER = {"torchvision", "timm", "mmengine", "mmcv", "xtuner", "flash_attn", "einops", "qwen_vl_utils"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 50

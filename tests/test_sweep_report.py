@@ -464,6 +464,25 @@ def test_the_page_sets_the_best_settings_beside_the_seed_settings():
     assert "CUDA out of memory" in found.cells and "43: 0.9000" in found.cells
 
 
+def test_the_page_says_how_the_best_settings_are_used(tmp_path):
+    folder = tmp_path / "my sweep"
+    folder.mkdir()
+    results.write(folder, sweep_of(), TRIALS)
+    found = Page((folder / "report.html").read_text())
+    assert f"python launch/train.py --config '{folder}/best.yaml'" in found.text
+    assert f"{folder}/best_checkpoint" in found.text
+    assert "launch/train.py --config" not in Page(page.page(sweep_of(), [FAILED], pngs(), "why")).text
+
+
+def test_a_trial_that_failed_before_its_first_validation_counts_with_its_outcomes_time():
+    failed = dataclasses.replace(FAILED, outcome_s=1800.0)
+    assert tally.costs(sweep_of(gpus_per_trial=0.5), [failed])[3] == tally.Cost(900.0, 0.0)
+    assert tally.saved(sweep_of(), [failed, trial(0)]).startswith("30.00 GPU-minutes used")
+    assert "0:30:00" in Page(page.page(sweep_of(), [failed, SEED_TRIAL], pngs(), "why")).cells
+    (line,) = csv.DictReader(io.StringIO(results.trials_csv(sweep_of(), [failed])))
+    assert (line["epochs"], line["device_s"]) == ("0", "1800.0")
+
+
 def pngs() -> dict[str, bytes]:
     return dict.fromkeys(("learning_curves", "parallel_coordinates", "dice_against_cost", "device_time"), b"png")
 

@@ -14,11 +14,13 @@ from typing import Any
 import ray
 from ray import tune
 from ray.tune import Callback
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sft.config import TrainConfig
+from sft.ranks import rank_environ
 from sft.settings import UserError
 from tune import keeping, results, trials
 from tune.options import ROOT, Plan, SweepConfig
@@ -38,6 +40,7 @@ ENVIRONMENT = {  # of the driver
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # otherwise Tune prints a table of its own
     "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails before its first validation has no Dice to tell
 }
 
 
@@ -52,6 +55,8 @@ def start_ray(address: str | None, gpus: Sequence[str]) -> None:
         UserError: no cluster there.
     """
     os.environ.update(ENVIRONMENT)
+    for name in (*rank_environ(0, 1), "MASTER_ADDR", "MASTER_PORT"):  # a trial finds a rank and a port of its own
+        os.environ.pop(name, None)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     told = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths), "RAY_CHDIR_TO_TRIAL_DIR": "0"}}
     options = {"runtime_env": told, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
@@ -75,14 +80,20 @@ def resources(sweep: SweepConfig) -> tuple[dict[str, float], int]:
     total = ray.cluster_resources()
     cpus, gpus = total.get("CPU", 0), total.get("GPU", 0)
     per_trial = sweep.gpus_per_trial if gpus else 0.0
-    if gpus and per_trial > gpus:
-        raise UserError(f"gpus_per_trial = {per_trial:g}: there are {gpus:g}")
+    ranks = sweep.ranks(per_trial)
+    if per_trial > gpus:
+        raise UserError(f"gpus_per_trial = {per_trial:g}, but there are {gpus:g} GPUs; give at most {gpus:g}")
+    if gpus and ranks > max(1, per_trial):
+        raise UserError(f"ranks_per_trial = {ranks} needs a GPU for each rank: give --gpus_per_trial {ranks}")
     # Trials that share a GPU: as many as lie whole on each.
     room = int(gpus // per_trial) if per_trial >= 1 else int(gpus) * int(1 / per_trial) if per_trial else None
-    cores = sweep.cpus_per_trial or (max(1, int(cpus // room)) if room else sweep.ranks)
+    cores = max(ranks, sweep.cpus_per_trial or (int(cpus // room) if room else 0))  # a rank has one at the least
     room = min(int(cpus // cores), room) if room else int(cpus // cores)
     if room < 1:
-        raise UserError(f"cpus_per_trial = {cores}: the machine has {cpus:g} cores for {sweep.ranks} ranks; give fewer")
+        raise UserError(
+            f"a trial of {ranks} ranks takes {cores} cores, but there are {cpus:g}; give fewer --cpus_per_trial or "
+            "--ranks_per_trial"
+        )
     return {"CPU": cores, "GPU": per_trial}, min(room, sweep.max_concurrent or room)
 
 
@@ -104,7 +115,9 @@ def prepare_nodes(config: TrainConfig, highest_rank: int, needs: dict[str, float
     if needs["GPU"]:
         nodes = [node for node in nodes if node["Resources"].get("GPU", 0) >= 1] or nodes
     cores = min(int(node["Resources"]["CPU"]) for node in nodes)
-    task = ray.remote(num_cpus=cores, num_gpus=1 if needs["GPU"] else 0, max_retries=1)(_prepare)
+    # One call per process: a trial in the same process would count its seconds as its own.
+    options = {"num_cpus": cores, "num_gpus": 1 if needs["GPU"] else 0, "max_retries": 1, "max_calls": 1}
+    task = ray.remote(**options)(_prepare)
     waiting = [
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
             config, highest_rank
@@ -119,7 +132,7 @@ def prepare_nodes(config: TrainConfig, highest_rank: int, needs: dict[str, float
 
 
 class Phase:
-    """One run of Tune over some trials.
+    """Runs of Tune over some trials, one after the other; together they have the sweep's time.
 
     Args:
         plan: of the sweep.
@@ -132,13 +145,13 @@ class Phase:
     def __init__(self, plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], concurrent: int):
         self._plan, self._sweep, self._folder = plan, sweep, folder
         self._needs, self._concurrent = needs, concurrent
+        self._started_s = time.monotonic()
 
-    def run(self, queue: Sequence[Trial], total: int, suggestions: Suggestions | None, early_stop: bool) -> bool:
+    def run(self, queue: Sequence[Trial], suggestions: Suggestions | None, early_stop: bool) -> bool:
         """Runs trials until all have ended, or time is over, or somebody interrupts.
 
         Args:
             queue: trials that come first: unfinished ones, or repeats.
-            total: new trials of the sweep in all.
             suggestions: where the others come from; None: there are no others.
             early_stop: whether ASHA ends some.
 
@@ -146,11 +159,14 @@ class Phase:
             Whether all have ended.
         """
         known = trials.read_all(self._folder)
-        samples = len(queue) + (max(0, total - 1 - max((t.number for t in known), default=-1)) if suggestions else 0)
+        samples = len(queue) + (suggestions.left if suggestions else 0)
         if samples == 0:
             return True
+        left_s = self._plan.sweep.time_budget_s and self._plan.sweep.time_budget_s - time.monotonic() + self._started_s
+        if left_s is not None and left_s <= 0:
+            return False
         scheduler = NotedAsha(self._folder, self._sweep, known) if early_stop else FIFOScheduler()
-        ranks = self._plan.sweep.ranks
+        ranks = self._plan.sweep.ranks(self._needs["GPU"])
         of_rank = {"CPU": max(1, self._needs["CPU"] // ranks), "GPU": self._needs["GPU"] / ranks}
         place = {"sweep": str(self._folder), "ranks": ranks, "needs": of_rank}
         # Ranks of their own take the devices; the trial itself only waits for them.
@@ -165,13 +181,13 @@ class Phase:
                 scheduler=scheduler,
                 num_samples=samples,
                 max_concurrent_trials=self._concurrent,
-                time_budget_s=self._plan.sweep.time_budget_s,
+                time_budget_s=left_s,
             ),
             run_config=tune.RunConfig(
                 name=f"{SESSION}_{time.strftime('%Y%m%d_%H%M%S')}",
                 storage_path=str(self._folder / "ray"),
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[watch],
+                callbacks=[watch, Silent()],
                 verbose=0,
             ),
         )
@@ -227,10 +243,12 @@ class Watch(Callback):
     def __init__(self, folder: Path, shown: LiveTable, suggestions: Suggestions | None):
         self._folder, self._shown, self._suggestions = folder, shown, suggestions
         self._running: dict[str, int] = {}
+        self._since_s: dict[str, float] = {}
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """A trial has its devices."""
+        """A trial has its devices, for the first or a further attempt."""
         self._running[trial.trial_id] = trial.config["number"]
+        self._since_s.setdefault(trial.trial_id, time.monotonic())
         self._show()
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
@@ -243,7 +261,8 @@ class Watch(Callback):
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """A trial has crashed for the last time."""
-        self._note_crash(trials_folder(self._folder, trial))
+        held_s = time.monotonic() - self._since_s.get(trial.trial_id, time.monotonic())
+        self._note_crash(trials_folder(self._folder, trial), held_s)
         self._ended(trial)
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
@@ -260,20 +279,36 @@ class Watch(Callback):
         found, number = trials_of(self._folder), trial.config["number"]
         if self._suggestions is not None:
             self._suggestions.ended(next(one for one in found if one.number == number))
-        keeping.keep_best(self._folder, found, list(self._running.values()))
-        results.write(self._folder, trials.read_sweep(self._folder), found)
+        sweep, live = trials.read_sweep(self._folder), list(self._running.values())
+        keeping.keep_best(self._folder, found, live)
+        keeping.write_best(self._folder, sweep, found, live)
+        results.write(self._folder, sweep, found)
         shutil.rmtree(trials_folder(self._folder, trial) / "ray", ignore_errors=True)
         self._show(force=True)
 
     def _show(self, force: bool = False) -> None:
         self._shown.show(trials_of(self._folder), list(self._running.values()), force)
 
-    def _note_crash(self, folder: Path) -> None:
+    def _note_crash(self, folder: Path, held_s: float) -> None:
         if (folder / trials.OUTCOME_FILE).exists():
             return
         crash = folder / CRASH_FILE
-        last = crash.read_text(encoding="utf-8").strip().splitlines()[-1] if crash.exists() else "its process died"
-        trials.write_outcome(folder, "failed", f"crashed {RETRIES + 1} times: {last}")
+        lines = crash.read_text(encoding="utf-8", errors="replace").split("\n") if crash.exists() else []
+        last = next((line for line in reversed(lines) if line.strip()), "its process died")
+        trials.write_outcome(folder, "failed", f"crashed {RETRIES + 1} times: {last}", held_s)
+
+
+class Silent(TrialProgressCallback):
+    """In place of the lines that Ray prints of its own where a trial ends without a validation."""
+
+    def on_trial_result(self, *_: Any, **info: Any) -> None:
+        """Nothing: `Watch` shows it."""
+
+    def on_trial_error(self, *_: Any, **info: Any) -> None:
+        """Nothing: `Watch` shows it."""
+
+    def on_trial_complete(self, *_: Any, **info: Any) -> None:
+        """Nothing: `Watch` shows it."""
 
 
 def trials_of(folder: Path) -> list[Trial]:

@@ -1,4 +1,4 @@
-"""What of a sweep stays on the disk: one checkpoint of each live trial, the best adapter, the split.
+"""What of a sweep stays on the disk: one checkpoint of each live trial, the best adapter and its settings.
 
 Takes a sweep's folder and its trials; deletes what losers leave, keeps the best, refuses to start where there is no
 room. Knows nothing of Ray.
@@ -9,14 +9,15 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from sft.config import TrainConfig
-from sft.settings import UserError, settings_of
+from sft.config import TrainConfig, to_yaml
+from sft.settings import UserError
 from tune import trials
-from tune.space import Space
-from tune.trials import Trial, best_of
+from tune.space import Space, probes
+from tune.trials import Sweep, Trial, best_of
 
-BEST, BEST_ADAPTER = "best_checkpoint", "checkpoint_best"
+BEST_FILE, BEST, BEST_ADAPTER = "best.yaml", "best_checkpoint", "checkpoint_best"
 BEST_FILES = ("config.json", "training_log.json")  # of the best trial's run: what its checkpoint is used with
 LOCK = "sweep.lock"
 LIVE_SHARE = 2.2  # a live trial's checkpoint while it is replaced, and its best adapter (a sixth of a checkpoint)
@@ -28,7 +29,10 @@ def lock(folder: Path) -> int:
     Raises:
         UserError: another one does.
     """
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    except OSError as error:
+        raise UserError(f"{folder / LOCK}: {error.strerror}; a sweep goes on where its folder may be written") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -54,19 +58,38 @@ def keep_best(folder: Path, found: Sequence[Trial], live: Sequence[int]) -> None
                 shutil.rmtree(directory, ignore_errors=True)
 
 
-def check_disk(folder: Path, one_bytes: int, concurrent: int, unfinished: int) -> None:
+def write_best(folder: Path, sweep: Sweep, found: Sequence[Trial], live: Sequence[int]) -> None:
+    """Writes best.yaml: the best trial's settings, for `launch/train.py --config`.
+
+    Args:
+        folder: the sweep's.
+        sweep: its record.
+        found: all its trials.
+        live: numbers of those that run: best_checkpoint/ is of another one, too.
+    """
+    best = best_of([trial for trial in found if trial.number not in live])
+    if best is None:
+        return
+    base = TrainConfig(**sweep.base)
+    settings = best.settings | {"feature_cache": "auto", "gpu": None, "include": None}
+    text = f"# Trial {best.number} of {sweep.name}: validation Dice {best.dice_so_far:.4f}, {best.epoch} epochs\n"
+    partial = folder / f"{BEST_FILE}.partial"
+    partial.write_text(text + to_yaml(trials.config_of(base, settings)), encoding="utf-8")
+    os.replace(partial, folder / BEST_FILE)
+
+
+def check_disk(folder: Path, one_bytes: int, concurrent: int) -> None:
     """Refuses to start where the checkpoints will not fit.
 
     Args:
         folder: the sweep's.
         one_bytes: of one checkpoint at the highest rank.
-        concurrent: trials that run at a time.
-        unfinished: trials that an earlier session has left with a checkpoint each.
+        concurrent: trials that run at a time. Those that an earlier session has left have theirs on the disk already.
 
     Raises:
         UserError: too little room; says how much is needed for what.
     """
-    needed, free = int(one_bytes * (LIVE_SHARE * concurrent + unfinished + 1)), shutil.disk_usage(folder).free
+    needed, free = int(one_bytes * (LIVE_SHARE * concurrent + 1)), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             f"{folder}: {free / 2**30:.2f} GiB free, but checkpoints of {one_bytes / 2**30:.2f} GiB of {concurrent} "
@@ -75,12 +98,10 @@ def check_disk(folder: Path, one_bytes: int, concurrent: int, unfinished: int) -
         )
 
 
-def highest_rank(base: TrainConfig, space: Space) -> int:
-    """The highest LoRA rank that a trial may have."""
-    ranks = [max(axis.values) for axis in space.axes if axis.name == "lora_rank"]
-    if "lora_rank" in space.expressions:
-        ranks.append(int(settings_of(TrainConfig)["lora_rank"].range.at_most))
-    return max([base.lora_rank, *ranks])
+def highest_rank(base: TrainConfig, space: Space, points: Sequence[dict[str, Any]] = ()) -> int:
+    """The highest LoRA rank that a trial may have: by the space, the seed setting or a given point."""
+    settings = [*points, *(space.settings(params, base) for params in probes(space))]
+    return max([base.lora_rank, *(one["lora_rank"] for one in settings if "lora_rank" in one)])
 
 
 def _copy_best(folder: Path, best: Trial) -> None:

@@ -59,8 +59,8 @@ class SweepConfig:
     seeds: Annotated[int, Range(at_least=1, at_most=100)] = 1
     """Seeds with which the three best trials and the seed setting are run in the end; 1 repeats nothing."""
 
-    gpus_per_trial: Annotated[float, Range(above=0)] = 1.0
-    """GPUs of one trial: a share such as 0.5, or a whole number that its ranks divide. Without GPUs of no effect."""
+    gpus_per_trial: Annotated[float, Range(at_least=0.01)] = 1.0
+    """GPUs of one trial: a share such as 0.5, or a whole number, one per rank. Without GPUs of no effect."""
     cpus_per_trial: Annotated[int, Range(at_least=0)] = 0
     """CPU cores of one trial; 0: an equal share beside GPUs, else one per rank."""
     ranks_per_trial: Annotated[int, Range(at_least=0)] = 0
@@ -79,15 +79,17 @@ class SweepConfig:
             object.__setattr__(self, name, value)
         if self.gpus_per_trial > 1 and self.gpus_per_trial % 1:
             raise UserError(f"gpus_per_trial = {self.gpus_per_trial}: give a share below 1, or a whole number")
-        if self.ranks_per_trial > 1 and self.gpus_per_trial not in (1.0, float(self.ranks_per_trial)):
-            raise UserError(f"ranks_per_trial = {self.ranks_per_trial} needs gpus_per_trial = {self.ranks_per_trial}")
+        if self.ranks_per_trial and self.gpus_per_trial != 1 and max(1.0, self.gpus_per_trial) != self.ranks_per_trial:
+            raise UserError(
+                f"ranks_per_trial = {self.ranks_per_trial} with gpus_per_trial = {self.gpus_per_trial:g}: a rank has "
+                "one GPU or one share; leave ranks_per_trial out"
+            )
         if self.name and (os.sep in self.name or self.name.startswith(".")):
             raise UserError(f"name = {self.name} is no folder name; --storage_path says where the folder lies")
 
-    @property
-    def ranks(self) -> int:
-        """Ranks of one trial."""
-        return self.ranks_per_trial or max(1, int(self.gpus_per_trial))
+    def ranks(self, gpus: float) -> int:
+        """Ranks of a trial that gets so many GPUs, 0 on CPUs."""
+        return self.ranks_per_trial or max(1, int(gpus))
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def parse(argv: list[str]) -> Plan:
     sweep = SweepConfig(**checked(SweepConfig, own))
     base = _absolute(TrainConfig(**(_base_of(file) if file else {}) | checked(TrainConfig, flags)))
     check_paths(base)
-    return _plan(sweep, base, spaces.read(Path(sweep.space or SPACE), base), None)
+    space = spaces.read(Path(sweep.space or SPACE), base)
+    return _plan(sweep, base, space, None, tuple(_point(Path(file), space, base) for file in sweep.points))
 
 
 def sweep_table() -> str:
@@ -194,7 +197,7 @@ def _base_of(file: str | Path) -> dict[str, Any]:
 
 def _resumed(own: dict[str, Any], flags: dict[str, Any], file: str | None) -> Plan:
     given = {**own, **flags, **({"config": file} if file else {})}
-    for key in given.keys() - AGAIN - {"resume"}:
+    for key in sorted(given.keys() - AGAIN - {"resume"}):
         raise UserError(
             f"--{key} with --resume: a sweep goes on as it was begun; may be given anew: {', '.join(sorted(AGAIN))}"
         )
@@ -205,26 +208,32 @@ def _resumed(own: dict[str, Any], flags: dict[str, Any], file: str | None) -> Pl
     sweep = SweepConfig(**before | changes | {"resume": str(folder)})
     if sweep.num_trials < record.num_trials:
         raise UserError(f"num_trials = {sweep.num_trials}: the sweep has {record.num_trials}; it can only be raised")
-    base = override(TrainConfig(**record.base), flags)
+    anew = {"gpu": None, "include": None} | flags if flags else {}  # the one takes the place of the other
+    base = override(TrainConfig(**checked(TrainConfig, record.base, str(folder / trials.SWEEP_FILE))), anew)
     check_paths(base)
-    return _plan(sweep, base, spaces.from_record(record.space), folder)
+    return _plan(sweep, base, spaces.from_record(record.space), folder, tuple(record.points))
 
 
-def _plan(sweep: SweepConfig, base: TrainConfig, space: spaces.Space, resumed: Path | None) -> Plan:
+def _plan(
+    sweep: SweepConfig,
+    base: TrainConfig,
+    space: spaces.Space,
+    resumed: Path | None,
+    points: tuple[dict[str, Any], ...],
+) -> Plan:
     grace_epochs = sweep.grace * base.validate_every
     if sweep.early_stop and grace_epochs > base.num_epochs:
         raise UserError(
             f"grace = {sweep.grace} validations end after epoch {grace_epochs}, but a trial has {base.num_epochs}; "
             "give a smaller --grace, more --num_epochs, or --no_early_stop"
         )
-    if base.num_epochs % base.validate_every and sweep.early_stop and base.validate_every > 1:
+    if base.num_epochs % base.validate_every and sweep.early_stop:
         raise UserError(
             f"validate_every = {base.validate_every} does not divide num_epochs = {base.num_epochs}: trials could not "
-            "be compared at their end"
+            "be compared at their end; give a num_epochs that it divides, or --no_early_stop"
         )
     if sweep.search == "grid":
         next(space.grid())
-    points = tuple(_point(Path(file), space, base) for file in sweep.points)
     if sweep.num_trials < 1 + len(points):
         raise UserError(
             f"num_trials = {sweep.num_trials} leaves no room for the seed setting and {len(points)} points; "
@@ -235,6 +244,8 @@ def _plan(sweep: SweepConfig, base: TrainConfig, space: spaces.Space, resumed: P
 
 def _point(file: Path, space: spaces.Space, base: TrainConfig) -> dict[str, Any]:
     """What a YAML file says of the settings that vary."""
+    if not file.is_file():
+        raise UserError(f"--points {file} is no file; expected YAML files of settings, such as a sweep's best.yaml")
     varied = {axis.name for axis in space.axes} | space.expressions.keys()
     point = {name: value for name, value in read_yaml(file).items() if name in varied}
     if not point:
@@ -248,7 +259,8 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     changes = {}
     for name, setting in settings_of(TrainConfig).items():
         value = getattr(config, name)
-        if setting.is_path and value not in (None, EMBEDDED) and Path(value).exists():
+        named = name == "deepspeed_config" and not Path(value).is_file()  # a shipped one
+        if setting.is_path and name not in OURS and value not in (None, EMBEDDED) and not named:
             changes[name] = str(Path(value).absolute())
     return dataclasses.replace(config, **changes)
 

@@ -13,6 +13,7 @@ from typing import Any
 from sft.report import format_duration
 from sft.report.page import STYLE
 from sft.settings import as_text
+from tune.keeping import BEST, BEST_FILE
 from tune.scales import MISSING, finite, shown
 from tune.space import KINDS, SAME_SUM
 from tune.tally import best_row, best_trial, counted, dice_of, repeat_of, repeats, rungs, saved, seed_trial, verdict
@@ -58,10 +59,7 @@ CAPTIONS = {
         "trial's settings do not tell."
     ),
     "dice_against_cost": "The grey steps join the trials that no cheaper one beats.",
-    "device_time": (
-        "Saved is an estimate: the mean time of the trial's own epochs times those it did not run. A trial that failed "
-        "before its first validation has no time here."
-    ),
+    "device_time": ("Saved is an estimate: the mean time of the trial's own epochs times those it did not run."),
 }
 """Picture -> what stands below it."""
 CHOSEN = (
@@ -70,7 +68,9 @@ CHOSEN = (
 )
 
 
-def page(sweep: Sweep, trials: Sequence[Trial], pictures: dict[str, bytes], importance: str) -> str:
+def page(
+    sweep: Sweep, trials: Sequence[Trial], pictures: dict[str, bytes], importance: str, folder: str = "SWEEP"
+) -> str:
     """The page of a sweep; also of one that is still going on.
 
     Args:
@@ -78,10 +78,11 @@ def page(sweep: Sweep, trials: Sequence[Trial], pictures: dict[str, bytes], impo
         trials: by number.
         pictures: name -> PNG, as pictures.draw_all gives them.
         importance: the sentence that importance.measure gives; stands alone where the picture is missing.
+        folder: the sweep's, for the commands that use its best trial.
     """
     sections = [
         _heading(sweep, trials),
-        _best_settings(sweep, trials),
+        _best_settings(sweep, trials, folder),
         _repeats(trials),
         _pictures(pictures, importance) if best_trial(trials) else "",
         _trials(sweep, trials),
@@ -110,7 +111,7 @@ def _heading(sweep: Sweep, trials: Sequence[Trial]) -> str:
     )
 
 
-def _best_settings(sweep: Sweep, trials: Sequence[Trial]) -> str:
+def _best_settings(sweep: Sweep, trials: Sequence[Trial], folder: str) -> str:
     best, seed = best_trial(trials), seed_trial(trials)
     if best is None:
         return ""
@@ -123,7 +124,17 @@ def _best_settings(sweep: Sweep, trials: Sequence[Trial]) -> str:
         lines.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
     head = f"<tr><th></th><th class=number>seed setting</th><th class=number>trial {best.number}</th></tr>"
     note = f'<p class="faint">What differs is bold. {CHOSEN}</p>'
-    return f"<h2>Best settings</h2><table>{head}{''.join(lines)}</table>{note}"
+    return f"<h2>Best settings</h2><table>{head}{''.join(lines)}</table>{note}{_how_to_use(folder)}"
+
+
+def _how_to_use(folder: str) -> str:
+    """What one does with the best settings."""
+    command = f"python launch/train.py --config {shlex.quote(f'{folder}/{BEST_FILE}')}"
+    adapter = f"<code>{escape(f'{folder}/{BEST}')}</code>"
+    return (
+        f"<p>Train with the best settings:</p><pre>{escape(command)}</pre>"
+        f"<p>The adapter of the best trial that has ended, of its best epoch, lies in {adapter}.</p>"
+    )
 
 
 def _names(sweep: Sweep, best: Trial) -> list[str]:
@@ -229,7 +240,7 @@ def _cells(trial: Trial, names: Sequence[str]) -> list[str]:
         _cell(row.get("epoch"), _text(row.get("epoch", MISSING))),
         _cell(row.get("dice_best"), _dice(row.get("dice_best"))),
         _cell(row.get("threshold_best"), _text(row.get("threshold_best", MISSING))),
-        _cell(trial.device_s, format_duration(trial.device_s) if trial.rows else "–"),
+        _cell(trial.device_s, format_duration(trial.device_s) if trial.device_s else "–"),
     ]
     params = [trial.params.get(name, MISSING) for name in names]
     return [*cells, *(_cell(value, _text(value)) for value in params), f"<td>{escape(trial.origin)}</td>"]

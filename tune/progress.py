@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TextIO
 
 from sft.report import format_duration
+from sft.settings import as_text
 from tune.trials import SEED_SETTING, Sweep, Trial, best_of
 
 REDRAW_S = 1.0
+NEW = (0, "unfinished")
 ROWS = 20  # of the live table: the running ones, then the best
 SHORT = {"learning_rate": "lr", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 SHORT |= {"dice_weight": "w_dice", "focal_weight": "w_focal", "bce_weight": "w_bce", "focal_gamma": "gamma"}
@@ -61,6 +63,7 @@ class LiveTable:
         """Shows how things stand, at most once a second on a terminal."""
         if self._epochs_before is None:
             self._epochs_before = sum(trial.epoch for trial in found)
+            self._told = {trial.number: _state(trial) for trial in found}  # of an earlier session, or told before
         if not self._live:
             self._tell_changes(found, running)
         elif force or time.monotonic() >= self._next_s:
@@ -70,8 +73,8 @@ class LiveTable:
     def summary(self, found: Sequence[Trial], running: Sequence[int]) -> str:
         """How many trials, the best, and the time left."""
         ended = [trial for trial in found if trial.status != "unfinished"]
-        best = best_of(found)
-        text = f"{len(ended)} of {self._total} trials ended, {len(running)} running"
+        best, runs = best_of(found), set(running) - {trial.number for trial in ended}  # the last moments are none
+        text = f"{len(ended)} of {self._total} trials ended, {len(runs)} running"
         if best:
             text += f" | best Dice {best.dice_so_far:.4f} of trial {best.number}"
         return f"{text} | {format_duration(time.monotonic() - self._started_s)}, ETA {self._eta(found, ended)}"
@@ -88,14 +91,13 @@ class LiveTable:
 
     def _tell_changes(self, found: Sequence[Trial], running: Sequence[int]) -> None:
         for trial in found:
-            state = (trial.epoch, trial.status)
-            if self._told.get(trial.number) == state or state == (0, "unfinished"):
+            if self._told.get(trial.number, NEW) == _state(trial):
                 continue
-            self._told[trial.number] = state
+            self._told[trial.number] = _state(trial)
             if trial.status == "unfinished":
                 dice = f"Dice {trial.rows[-1]['dice']:.4f}"
                 print(f"trial {trial.number}: epoch {trial.epoch}/{self._sweep.num_epochs} {dice}", file=self._stream)
-            elif trial.status != "unfinished":
+            else:
                 reason = f" ({trial.reason})" if trial.reason else ""
                 print(
                     f"trial {trial.number} {trial.status}{reason} | {self.summary(found, running)}", file=self._stream
@@ -110,6 +112,10 @@ class LiveTable:
         self._drawn_lines = len(lines)
 
 
+def _state(trial: Trial) -> tuple[int, str]:
+    return trial.epoch, trial.status
+
+
 def _cells(trial: Trial, axes: Sequence[str], runs: bool) -> list[str]:
     told = f" ({trial.origin})" if trial.origin == SEED_SETTING or trial.is_repeat else ""
     name = f"{trial.number}{told}"
@@ -120,4 +126,6 @@ def _cells(trial: Trial, axes: Sequence[str], runs: bool) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return f"{value:.3g}" if isinstance(value, float) else as_text(value)

@@ -44,7 +44,7 @@ def write(folder: Path, sweep: Sweep, trials: Sequence[Trial]) -> str:
     _replace(folder / CSV_FILE, trials_csv(sweep, trials).encode())
     if found is None:
         del pngs["importance"]  # the page says why in words
-    _replace(folder / HTML_FILE, page.page(sweep, trials, pngs, sentence).encode())
+    _replace(folder / HTML_FILE, page.page(sweep, trials, pngs, sentence, str(folder)).encode())
     return verdict(sweep, trials)
 
 

@@ -23,14 +23,14 @@ class NotedAsha(ASHAScheduler):
     Args:
         folder: the sweep's.
         sweep: its grace, reduction and epochs.
-        earlier: trials that an earlier session has begun.
+        earlier: trials that an earlier session has begun; repeats are none of the search's.
     """
 
     def __init__(self, folder: Path, sweep: Sweep, earlier: Iterable[Trial]):
         options = {"grace_period": sweep.grace_epochs, "reduction_factor": sweep.reduction}
         super().__init__(time_attr=EPOCH, metric=METRIC, mode="max", max_t=sweep.num_epochs, **options)
         self._folder, self._num_epochs = folder, sweep.num_epochs
-        self._earlier = {trial.number: trial for trial in earlier}
+        self._earlier = {trial.number: trial for trial in earlier if not trial.is_repeat}
         for trial in self._earlier.values():
             if trial.status != "unfinished":
                 stand_in = SimpleNamespace(trial_id=f"trial {trial.number}", config={"number": trial.number})
@@ -46,6 +46,8 @@ class NotedAsha(ASHAScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decides whether a trial goes on, and notes it if not."""
+        if EPOCH not in result:  # it has failed before its first validation, and ends by itself
+            return TrialScheduler.CONTINUE
         decision = super().on_trial_result(tune_controller, trial, result)
         if result.get(EPOCH, self._num_epochs) >= self._num_epochs:
             return TrialScheduler.CONTINUE  # it has ended, or failed, and written its outcome

@@ -28,6 +28,8 @@ SYNTAX += (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Pow, ast.USub,
 FIXED = {"model_path", "data_root", "output_dir", "val_fraction", "val_list", "group_pattern", "folds", "fold", "seed"}
 FIXED |= {"num_epochs", "validate_every", "save_every", "save_format", "keep", "threshold", "tensorboard", "gpu"}
 FIXED |= {"include", "num_workers", "feature_cache", "feature_cache_dir", "resume", "dry_run", "log_every_steps"}
+PROBES = 64  # points drawn to see that a space has legal ones between its corners, too
+CLOSE = 1e-9  # relative: a value written in a file and the same one computed
 
 Values = dict[str, Any]
 
@@ -60,7 +62,8 @@ class Axis:
     def __contains__(self, value: Any) -> bool:
         if self.kind == "choice":
             return value in self.values
-        return isinstance(value, int | float) and self.values[0] <= value <= self.values[1]
+        number = int if self.kind == "randint" else int | float
+        return isinstance(value, number) and self.values[0] <= value <= self.values[1]
 
 
 @dataclass(frozen=True)
@@ -104,22 +107,31 @@ class Space:
         found = {name: value for name, value in known.items() if name in fields}
         if self.same_sum:
             now = sum(found[name] for name in self.same_sum)
+            wanted = sum(getattr(seed_setting, name) for name in self.same_sum)
             if now <= 0:
                 raise UserError(f"{', '.join(self.same_sum)} are all 0; raise the lower end of one of them")
-            factor = sum(getattr(seed_setting, name) for name in self.same_sum) / now
+            if wanted <= 0:
+                raise UserError(
+                    f"{SAME_SUM}: {', '.join(self.same_sum)} are all 0 in the seed setting; set one above 0"
+                )
+            factor = wanted / now
             found |= {name: found[name] * factor for name in self.same_sum}
         return found
 
     def trial(self, params: Values, seed_setting: TrainConfig) -> TrainConfig:
         """The configuration of a trial: the seed setting with these parameters."""
-        return override(seed_setting, self.settings(params, seed_setting), f"a trial with {_listed(params)}")
+        settings = self.settings(params, seed_setting)
+        try:
+            return override(seed_setting, settings)
+        except UserError as error:
+            raise UserError(f"a trial with {_listed(params)}: {error}") from None
 
     def params_of(self, config: TrainConfig) -> Values:
         """The parameters that give a config; an axis that no setting tells (or none that is in reach) is left out."""
         known = {axis.name: getattr(config, axis.name) for axis in self.axes if hasattr(config, axis.name)}
         for axis in self.axes:
             if axis.name not in known and axis.kind == "choice":
-                fits = [value for value in axis.values if self._explains(config, known | {axis.name: value})]
+                fits = [value for value in axis.values if self._explains(axis, value, config, known)]
                 known |= {axis.name: fits[0]} if fits else {}
         return {axis.name: known[axis.name] for axis in self.axes if axis.name in known}
 
@@ -127,13 +139,20 @@ class Space:
         """Whether a search may have drawn these parameters: each axis has a value that lies on it."""
         return all(axis.name in params and params[axis.name] in axis for axis in self.axes)
 
-    def _explains(self, config: TrainConfig, known: Values) -> bool:
-        fields = settings_of(TrainConfig)
-        computable = {name: text for name, text in self.expressions.items() if _names(text) <= known.keys()}
-        return bool(computable) and all(
-            _evaluated(name, text, known, fields.get(name)) == getattr(config, name, None)
-            for name, text in computable.items()
-        )
+    def _explains(self, axis: Axis, value: Any, config: TrainConfig, known: Values) -> bool:
+        """Whether a choice gives the config's values of all expressions that name its axis, as far as is known."""
+        fields, known = settings_of(TrainConfig), known | {axis.name: value}
+        computable = {
+            name: text for name, text in self.expressions.items() if axis.name in _names(text) <= known.keys()
+        }
+        try:
+            pairs = [
+                (_evaluated(name, text, known, fields[name]), getattr(config, name))
+                for name, text in computable.items()
+            ]
+        except UserError:  # the seed setting lies where the expression has no value, such as batch_size auto
+            return False
+        return bool(pairs) and all(_alike(computed, there) for computed, there in pairs)
 
 
 def read(path: Path, seed_setting: TrainConfig) -> Space:
@@ -173,29 +192,36 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _checked(content: dict[str, Any], seed_setting: TrainConfig) -> Space:
-    content = dict(content)
-    same_sum, axes, expressions = content.pop(SAME_SUM, ()), [], {}
-    for key, entry in content.items():
-        kind, values = _entry(key, entry)
-        if kind == "expression":
-            _compiled(str(values))
-            expressions[key] = str(values)
-        else:
-            axes.append(_axis(key, kind, values))
+    content = {str(key): entry for key, entry in content.items()}
+    same_sum = content.pop(SAME_SUM, ())
+    entries = {key: _entry(key, entry) for key, entry in content.items()}
+    expressions = {key: str(values) for key, (kind, values) in entries.items() if kind == "expression"}
+    if len(expressions) == len(entries):
+        raise UserError("nothing varies; give at least one choice, uniform, loguniform or randint")
+    for key, text in expressions.items():
+        _compiled(key, text)
     used = {name for text in expressions.values() for name in _names(text)}
     for key in content:
         _check_key(key, used, key in expressions)
     for name in sorted(used - content.keys()):
-        raise UserError(f"an expression uses {name}, which is not in the space; nearest: {nearest(name, content)}")
+        raise UserError(f"an expression uses {name}, which is not in the space; {_remedy(name, content, seed_setting)}")
+    axes = [_axis(key, kind, values) for key, (kind, values) in entries.items() if kind != "expression"]
     space = Space(tuple(axes), _in_order(expressions), _same_sum(same_sum, content))
-    if not axes:
-        raise UserError("nothing varies; give at least one choice, uniform, loguniform or randint")
-    for params in _corners(space):
+    for params in probes(space):
         space.trial(params, seed_setting)
     return space
 
 
+def probes(space: Space) -> Iterator[Values]:
+    """Points that show what a space may ask for: every value, every end of an interval, and some between."""
+    yield from _corners(space)
+    for number in range(PROBES):
+        yield space.draw(random.Random(number))
+
+
 def _entry(key: str, entry: Any) -> tuple[str, Any]:
+    if isinstance(entry, dict) and "expression" in entry and len(entry) > 1:
+        raise UserError(f"{key}: YAML ends an expression at its comma; write it in quotes, {{expression: 'min(a, b)'}}")
     if not isinstance(entry, dict) or len(entry) != 1:
         raise UserError(
             f"{key}: {as_text(str(entry))} is not allowed; give one of {', '.join(KINDS)}, e.g. choice: [1, 2]"
@@ -214,21 +240,21 @@ def _axis(key: str, kind: str, values: Any) -> Axis:
     if not isinstance(values, list) or not values or (kind != "choice" and len(values) != 2):
         wanted = "a list of values" if kind == "choice" else "[lowest, highest]"
         raise UserError(f"{key}: {kind} takes {wanted}, not {as_text(str(values))}")
-    if setting is not None:
-        values = [setting.convert(value) for value in values]
-    elif kind != "choice":
-        values = [_number(key, value) for value in values]
+    values = [setting.convert(value) if setting else _number(key, value) for value in values]
     if len(set(values)) < len(values) and kind == "choice":
-        raise UserError(f"{key}: choice names one value twice: {values}")
+        raise UserError(f"{key}: choice names one value twice: {', '.join(map(_text, values))}")
     if kind != "choice":
         _check_interval(key, kind, values, setting)
     return Axis(key, kind, tuple(values))
 
 
 def _check_interval(key: str, kind: str, values: list[Any], setting: Setting | None) -> None:
-    numbers = (int,) if kind == "randint" else (int, float)
-    if not all(isinstance(value, numbers) and not isinstance(value, bool) for value in values):
-        raise UserError(f"{key}: {kind} takes {'whole ' if kind == 'randint' else ''}numbers, not {values}")
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        raise UserError(f"{key}: {kind} takes numbers, not {', '.join(map(_text, values))}; give choice")
+    if kind == "randint" and setting is not None and setting.kind is float:
+        raise UserError(f"{key} is any number: give uniform, loguniform or choice, not randint")
+    if kind == "randint" and not all(isinstance(value, int) for value in values):
+        raise UserError(f"{key}: randint takes whole numbers, not {', '.join(map(_text, values))}")
     if values[0] >= values[1]:
         raise UserError(f"{key}: the lowest value {values[0]} must be below the highest {values[1]}")
     if kind == "loguniform" and values[0] <= 0:
@@ -237,29 +263,45 @@ def _check_interval(key: str, kind: str, values: list[Any], setting: Setting | N
         raise UserError(f"{key} is a whole number: give randint or choice, not {kind}")
 
 
-def _number(key: str, value: Any) -> Any:
+def _number(key: str, value: Any) -> int | float:
+    """A value that only expressions use."""
     try:
-        return value if isinstance(value, int) else float(value)  # YAML reads 1e-5 as text
+        number = value if isinstance(value, int) else float(value)  # YAML reads 1e-5 as text
+        if not isinstance(value, bool) and math.isfinite(number):
+            return number
     except (TypeError, ValueError):
-        raise UserError(f"{key}: {as_text(str(value))} is no number") from None
+        pass
+    raise UserError(f"{key}: {_text(value)} is no number; a name that is no setting stands for one in expressions")
 
 
 def _check_key(key: str, used: set[str], is_expression: bool) -> None:
     fields = settings_of(TrainConfig)
     if key in FIXED:
         raise UserError(f"{key} is the same for all trials, or their Dice could not be compared; set it for the sweep")
-    if key not in fields and (is_expression or key not in used):
+    if key not in fields and is_expression:
+        raise UserError(f"{key} is no setting, which an expression gives; nearest setting: {nearest(key, fields)}")
+    if key not in fields and key not in used:
         raise UserError(f"{key} is no setting, and no expression uses it; nearest setting: {nearest(key, fields)}")
+
+
+def _remedy(name: str, content: dict[str, Any], seed_setting: TrainConfig) -> str:
+    if name in settings_of(TrainConfig):
+        return f"to use the seed setting's, add {name}: {{choice: [{_text(getattr(seed_setting, name))}]}}"
+    return f"nearest: {nearest(name, content)}"
 
 
 def _same_sum(names: Any, content: dict[str, Any]) -> tuple[str, ...]:
     if not isinstance(names, list | tuple):
         raise UserError(f"{SAME_SUM} takes a list of settings in the space, not {as_text(str(names))}")
-    for name in names:
+    fields = settings_of(TrainConfig)
+    for name in map(str, names):
         if name not in content:
-            close = nearest(str(name), content)
-            raise UserError(f"{SAME_SUM} names {name}, which is not in the space; nearest: {close}")
-    return tuple(names)
+            raise UserError(f"{SAME_SUM} names {name}, which is not in the space; nearest: {nearest(name, content)}")
+        if name not in fields or fields[name].kind is not float:
+            raise UserError(f"{SAME_SUM} names {name}, which is no setting that takes any number, such as dice_weight")
+        if list(names).count(name) > 1:
+            raise UserError(f"{SAME_SUM} names {name} twice; keep one")
+    return tuple(map(str, names))
 
 
 def _in_order(expressions: dict[str, str]) -> dict[str, str]:
@@ -294,31 +336,42 @@ def _names(text: str) -> set[str]:
 def _evaluated(name: str, text: str, known: Values, setting: Setting | None) -> Any:
     """An expression's value, a whole number where the setting is one."""
     try:
-        value = eval(_compiled(text), {"__builtins__": {}}, FUNCTIONS | known)
+        value = eval(_compiled(name, text), {"__builtins__": {}}, FUNCTIONS | known)
     except (ArithmeticError, TypeError, ValueError) as error:
         raise UserError(f"{name} = {text} with {_listed(known)}: {error}") from None
     whole = setting is not None and setting.kind is int and isinstance(value, float) and math.isfinite(value)
     return round(value) if whole else value
 
 
-def _compiled(text: str) -> CodeType:
+def _compiled(name: str, text: str) -> CodeType:
     """An expression of arithmetic alone."""
     try:
         tree = ast.parse(text, mode="eval")
     except SyntaxError:
-        raise UserError(f"expression {text}: no arithmetic; expected e.g. alpha_ratio * lora_rank") from None
+        raise UserError(f"{name}: {text} is no arithmetic; expected e.g. alpha_ratio * lora_rank") from None
     for node in ast.walk(tree):
         numeric = not isinstance(node, ast.Constant) or isinstance(node.value, int | float)
         called = not isinstance(node, ast.Call) or (isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS)
         if not isinstance(node, SYNTAX) or not numeric or not called:
             raise UserError(
-                f"expression {text}: only numbers, names, + - * / // **, {', '.join(FUNCTIONS)} are allowed"
+                f"{name}: {text} is not allowed; an expression has numbers, names, + - * / // ** and "
+                f"{', '.join(FUNCTIONS)}"
             )
     return compile(tree, "<space>", "eval")
 
 
 def _listed(values: Values) -> str:
-    return ", ".join(f"{name} {as_text(value)}" for name, value in values.items())
+    return ", ".join(f"{name} {_text(value)}" for name, value in values.items())
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else as_text(value)
+
+
+def _alike(computed: Any, there: Any) -> bool:
+    if isinstance(computed, float) and isinstance(there, int | float):
+        return math.isclose(computed, there, rel_tol=CLOSE)
+    return computed == there
 
 
 def scale_of(axis: Axis) -> str:
@@ -336,5 +389,10 @@ def as_record(space: Space) -> dict[str, Any]:
 
 def from_record(record: dict[str, Any]) -> Space:
     """The space that `as_record` gave."""
-    axes = tuple(Axis(axis["name"], axis["kind"], tuple(axis["values"])) for axis in record["axes"])
+    axes = tuple(Axis(axis["name"], axis["kind"], tuple(map(_hashable, axis["values"]))) for axis in record["axes"])
     return Space(axes, dict(record["expressions"]), tuple(record["same_sum"]))
+
+
+def _hashable(value: Any) -> Any:
+    """JSON has lists only; a choice of several names is a tuple."""
+    return tuple(value) if isinstance(value, list) else value

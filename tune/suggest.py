@@ -1,11 +1,13 @@
 """Which point is tried next: the seed setting, given points, then at random, on a grid, or by Optuna.
 
-Takes the plan and the trials so far, gives new trials one by one. Trial number n of a random search or a grid is the
-same point whenever it is asked for, so a resumed or longer sweep goes on where it was. Optuna is told every earlier
-trial anew. Knows nothing of Ray; only this file imports optuna.
+Takes the plan and the trials so far, gives new trials one by one. Trial number n of a random search or a grid (repeats
+with other seeds not counted) is the same point whenever it is asked for, so a resumed or longer sweep goes on where it
+was. Optuna is told every earlier trial anew. Knows nothing of Ray; only this file imports optuna.
 """
 
+import dataclasses
 import itertools
+import math
 import random
 import warnings
 from collections.abc import Sequence
@@ -27,20 +29,28 @@ class Suggestions:
     def __init__(self, plan: Plan, known: Sequence[Trial]):
         self._plan, self._base, self._space = plan, plan.seed_setting, plan.space
         self._given = _given(plan)
-        self._next = 1 + max((trial.number for trial in known), default=-1)
-        self._tpe = _Tpe(plan.space, plan.seed_setting.seed, self._next) if plan.sweep.search == "optuna" else None
+        self._number = 1 + max((trial.number for trial in known), default=-1)
+        self._index, self._total = _searched(known), new_trials(plan)
+        self._tpe = _Tpe(plan.space, plan.seed_setting.seed, self._index) if plan.sweep.search == "optuna" else None
         for trial in known:
-            self.ended(trial)
+            if trial.status == "unfinished":
+                self._begun(trial)
+            else:
+                self.ended(trial)
+
+    @property
+    def left(self) -> int:
+        """How many new trials are still to come."""
+        return max(0, self._total - self._index)
 
     def next(self) -> Trial | None:
         """The next new trial; None where all have been given."""
-        number = self._next
-        if number >= self._plan.sweep.num_trials:
+        if not self.left:
             return None
-        found = self._given[number] if number < len(self._given) else self._found(number)
-        if found is None:
-            return None
-        self._next += 1
+        index, given = self._index, len(self._given)
+        found = self._given[index] if index < given else self._found(index)
+        found = dataclasses.replace(found, number=self._number)
+        self._index, self._number = index + 1, self._number + 1
         return found
 
     def ended(self, trial: Trial) -> None:
@@ -48,18 +58,23 @@ class Suggestions:
         if self._tpe is not None and not trial.is_repeat and self._space.holds(trial.params):
             self._tpe.tell(trial)
 
-    def _found(self, number: int) -> Trial | None:
-        search, later = self._plan.sweep.search, number - len(self._given)
+    def _begun(self, trial: Trial) -> None:
+        """An earlier session's trial that is still to end."""
+        if self._tpe is not None and not trial.is_repeat and self._space.holds(trial.params):
+            self._tpe.expect(trial)
+
+    def _found(self, index: int) -> Trial:
+        search = self._plan.sweep.search
         match search:
             case "random":
-                params = self._space.draw(random.Random(f"{self._base.seed} {number}"))
+                params = self._space.draw(random.Random(f"{self._base.seed} {index}"))
             case "grid":
-                params = next(itertools.islice(self._space.grid(), later, None), None)
+                params = next(itertools.islice(self._space.grid(), index - len(self._given), None))
             case "optuna":
-                params = self._tpe.ask(number)
+                params = self._tpe.ask(self._number)
             case _:
                 raise ValueError(f"search {search!r}: expected random, grid or optuna")
-        return params and Trial(number, search, params, self._space.settings(params, self._base))
+        return Trial(index, search, params, self._space.settings(params, self._base))
 
 
 def repeats(known: Sequence[Trial], base: TrainConfig, seeds: int, best: int = 3) -> list[Trial]:
@@ -85,9 +100,12 @@ def repeats(known: Sequence[Trial], base: TrainConfig, seeds: int, best: int = 3
 
 def new_trials(plan: Plan) -> int:
     """Trials of the sweep in all, repeats with other seeds aside: a grid may have fewer points than asked for."""
-    if plan.sweep.search != "grid":
-        return plan.sweep.num_trials
-    return min(plan.sweep.num_trials, len(_given(plan)) + sum(1 for _ in plan.space.grid()))
+    return min(plan.sweep.num_trials, _grid_trials(plan)) if plan.sweep.search == "grid" else plan.sweep.num_trials
+
+
+def left_out(plan: Plan) -> int:
+    """Combinations of a grid that num_trials has no room for."""
+    return max(0, _grid_trials(plan) - plan.sweep.num_trials) if plan.sweep.search == "grid" else 0
 
 
 def check(plan: Plan) -> None:
@@ -97,6 +115,17 @@ def check(plan: Plan) -> None:
             import optuna  # noqa: F401
         except ImportError:
             raise UserError("search optuna needs the package optuna: pip install 'sa2va-sft[optuna]'") from None
+
+
+def _grid_trials(plan: Plan) -> int:
+    return len(_given(plan)) + math.prod(len(axis.values) for axis in plan.space.axes)
+
+
+def _searched(known: Sequence[Trial]) -> int:
+    """How many trials the search has given; repeats, which have numbers of their own, are none of them."""
+    repeated = [trial.number for trial in known if trial.is_repeat]
+    own = [trial.number for trial in known if not trial.is_repeat]
+    return 1 + max((number - sum(other < number for other in repeated) for number in own), default=-1)
 
 
 def _given(plan: Plan) -> list[Trial]:
@@ -121,20 +150,30 @@ class _Tpe:
             # Other trials are still running: constant_liar keeps it from asking for the same point twice.
             options = {"multivariate": True, "group": True, "constant_liar": True, "n_startup_trials": FEWEST_RANDOM}
             sampler = optuna.samplers.TPESampler(seed=seed + first, **options)  # resumed: not the first points again
-        self._optuna, self._asked = optuna, {}
+        self._optuna = optuna
+        self._running: dict[int, int] = {}
+        """Number of a trial -> its number in the study."""
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._distributions = {axis.name: self._distribution(axis) for axis in space.axes}
 
     def ask(self, number: int) -> dict[str, Any]:
-        self._asked[number] = self._study.ask(self._distributions)
-        return dict(self._asked[number].params)
+        asked = self._study.ask(self._distributions)
+        self._running[number] = asked.number
+        return dict(asked.params)
+
+    def expect(self, trial: Trial) -> None:
+        self._running[trial.number] = len(self._study.trials)
+        self._add(trial, self._optuna.trial.TrialState.RUNNING, None)
 
     def tell(self, trial: Trial) -> None:
         state = self._optuna.trial.TrialState
         value, state = (trial.dice_so_far, state.COMPLETE) if trial.rows else (None, state.FAIL)
-        if asked := self._asked.pop(trial.number, None):
-            self._study.tell(asked, value, state=state)
-            return
+        if trial.number in self._running:
+            self._study.tell(self._running.pop(trial.number), value, state=state)
+        else:
+            self._add(trial, state, value)
+
+    def _add(self, trial: Trial, state: Any, value: float | None) -> None:
         params = {axis: trial.params[axis] for axis in self._distributions}
         told = {"params": params, "distributions": self._distributions}
         self._study.add_trial(self._optuna.trial.create_trial(state=state, value=value, **told))
@@ -143,7 +182,9 @@ class _Tpe:
         distributions = self._optuna.distributions
         match axis.kind:
             case "choice":
-                return distributions.CategoricalDistribution(axis.values)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # several names: nothing is kept outside this process
+                    return distributions.CategoricalDistribution(axis.values)
             case "randint":
                 return distributions.IntDistribution(*axis.values)
             case _:

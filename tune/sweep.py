@@ -7,24 +7,24 @@ code. Reading order is running order.
 import dataclasses
 import os
 import platform
+import shlex
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from sft import __version__, devices
-from sft.config import TrainConfig, override, to_yaml
+from sft.config import TrainConfig, override
 from sft.ranks import rank_environ
 from sft.settings import UserError
 from tune import keeping, results, suggest, trials
 from tune import space as spaces
 from tune.options import Plan
 from tune.progress import table
-from tune.trials import Sweep, Trial, best_of
+from tune.trials import Sweep
 
-BEST_FILE = "best.yaml"
 INTERRUPTED = 130  # exit code, as after Ctrl-C
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray")
 
@@ -40,24 +40,38 @@ def run(plan: Plan) -> int:
     """
     suggest.check(plan)
     gpus = claim_devices(plan.seed_setting)
-    folder, sweep = open_folder(plan)
-    holder = keeping.lock(folder)
+    folder = plan.resumed or make_folder(plan)
+    holder = keeping.lock(folder)  # before anything in it is changed: somebody else may be running it
+    try:
+        return _drive(plan, folder, gpus)
+    finally:
+        os.close(holder)
+
+
+def _drive(plan: Plan, folder: Path, gpus: list[str]) -> int:
     from tune import driver  # Ray loads here
 
     print(f"Sweep {folder}", flush=True)
-    driver.start_ray(plan.sweep.address, gpus)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # Ray has put its own there
-    needs, concurrent = driver.resources(plan.sweep)
-    sweep = dataclasses.replace(sweep, gpus_per_trial=needs["GPU"])
-    plan = dataclasses.replace(plan, seed_setting=share_features(plan.seed_setting, needs["GPU"]))
-    sweep = dataclasses.replace(sweep, base=dataclasses.asdict(plan.seed_setting))
-    prepare(plan, sweep, folder, needs, concurrent)
+    try:
+        sweep = record(plan, folder)
+        if not plan.resumed:
+            trials.write_sweep(folder, sweep)  # to go on from, however soon it is interrupted
+        driver.start_ray(plan.sweep.address, gpus)
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # Ray has put its own there
+        needs, concurrent = driver.resources(plan.sweep)
+        plan = dataclasses.replace(plan, seed_setting=share_features(plan.seed_setting, needs["GPU"]))
+        base = dataclasses.asdict(plan.seed_setting)
+        sweep = dataclasses.replace(sweep, gpus_per_trial=needs["GPU"], base=base)
+        prepare(plan, sweep, folder, needs, concurrent)
+    except UserError:
+        if not plan.resumed:
+            shutil.rmtree(folder)  # it holds no trial, and its name is wanted again
+        raise
     try:
         finished = search(driver.Phase(plan, sweep, folder, needs, concurrent), plan, folder)
     except KeyboardInterrupt:
         finished = False
     conclude(folder, sweep, finished)
-    os.close(holder)
     return 0 if finished else INTERRUPTED
 
 
@@ -79,29 +93,34 @@ def claim_devices(base: TrainConfig) -> list[str]:
     return list(plan.devices) if installed else []
 
 
-def open_folder(plan: Plan) -> tuple[Path, Sweep]:
-    """Makes the sweep's folder with sweep.json, or takes up the one that is continued."""
-    space = spaces.as_record(plan.space)
-    if plan.resumed:
-        before = trials.read_sweep(plan.resumed)
-        options = dataclasses.asdict(plan.sweep) | {"resume": None}
-        sweep = dataclasses.replace(before, num_trials=suggest.new_trials(plan), options=options)
-        trials.write_sweep(plan.resumed, sweep)
-        return plan.resumed, sweep
+def make_folder(plan: Plan) -> Path:
+    """Makes the folder of a new sweep.
+
+    Raises:
+        UserError: it exists, or cannot be made.
+    """
     name = plan.sweep.name or f"sweep_{time.strftime('%Y%m%d_%H%M%S')}"
     folder = Path(plan.sweep.storage_path).absolute() / name
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        raise UserError(f"{folder} exists; give another --name, or continue it with --resume {folder}") from None
+        raise UserError(f"{folder} exists; give another --name, or continue it: {resume_flag(folder)}") from None
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; give another --storage_path") from None
-    sweep = Sweep(
-        name=name,
+        raise UserError(f"{error.filename}: {error.strerror}; give another --storage_path or --name") from None
+    return folder
+
+
+def record(plan: Plan, folder: Path) -> Sweep:
+    """What the sweep is; of one that is continued, with what has been given anew."""
+    options, total = dataclasses.asdict(plan.sweep) | {"resume": None}, suggest.new_trials(plan)
+    if plan.resumed:
+        return dataclasses.replace(trials.read_sweep(folder), num_trials=total, options=options)
+    return Sweep(
+        name=folder.name,
         base=dataclasses.asdict(plan.seed_setting),
-        space=space,
+        space=spaces.as_record(plan.space),
         search=plan.sweep.search,
-        num_trials=suggest.new_trials(plan),
+        num_trials=total,
         early_stop=plan.sweep.early_stop,
         grace_epochs=plan.sweep.grace * plan.seed_setting.validate_every,
         reduction=plan.sweep.reduction,
@@ -111,10 +130,14 @@ def open_folder(plan: Plan) -> tuple[Path, Sweep]:
         versions={"sa2va-sft": __version__, "python": platform.python_version()}
         | {package: version(package) for package in PACKAGES},
         command=sys.argv,
-        options=dataclasses.asdict(plan.sweep),
+        options=options,
+        points=list(plan.points),
     )
-    trials.write_sweep(folder, sweep)
-    return folder, sweep
+
+
+def resume_flag(folder: Path) -> str:
+    """How a sweep is continued, for a shell."""
+    return f"--resume {shlex.quote(str(folder))}"
 
 
 def share_features(base: TrainConfig, gpus_per_trial: float) -> TrainConfig:
@@ -134,7 +157,11 @@ def prepare(plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], con
         + (f", ASHA from epoch {sweep.grace_epochs} of {sweep.num_epochs}" if sweep.early_stop else ", no early stop"),
         flush=True,
     )
-    rank = keeping.highest_rank(plan.seed_setting, plan.space)
+    if left_out := suggest.left_out(plan):
+        print(
+            f"  {left_out} combinations of the grid are left out: --num_trials {sweep.num_trials + left_out} tries all"
+        )
+    rank = keeping.highest_rank(plan.seed_setting, plan.space, plan.points)
     config = override(plan.seed_setting, {"output_dir": str(folder), "gpu": None, "include": None})
     found = driver.prepare_nodes(config, rank, needs)
     for line in dict.fromkeys(one.features for one in found):
@@ -142,8 +169,7 @@ def prepare(plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], con
     trials.write_sweep(folder, sweep)
     if not (folder / "split.json").exists():
         trials.write_json(folder / "split.json", found[0].split)
-    left = sum(trial.status == "unfinished" for trial in trials.read_all(folder))
-    keeping.check_disk(folder, found[0].checkpoint_bytes, concurrent, left)
+    keeping.check_disk(folder, found[0].checkpoint_bytes, concurrent)
 
 
 def search(phase: "driver.Phase", plan: Plan, folder: Path) -> bool:  # noqa: F821
@@ -151,12 +177,12 @@ def search(phase: "driver.Phase", plan: Plan, folder: Path) -> bool:  # noqa: F8
     known = trials.read_all(folder)
     queue = [trial for trial in known if trial.status == "unfinished" and not trial.is_repeat]
     suggestions = suggest.Suggestions(plan, known)
-    if not phase.run(queue, suggest.new_trials(plan), suggestions, plan.sweep.early_stop):
+    if not phase.run(queue, suggestions, plan.sweep.early_stop):
         return False
     known = trials.read_all(folder)
     again = [trial for trial in known if trial.status == "unfinished"]
     again += suggest.repeats(known, plan.seed_setting, plan.sweep.seeds)
-    return phase.run(again, 0, None, early_stop=False)
+    return phase.run(again, None, early_stop=False)
 
 
 def conclude(folder: Path, sweep: Sweep, finished: bool) -> None:
@@ -164,25 +190,13 @@ def conclude(folder: Path, sweep: Sweep, finished: bool) -> None:
     found = trials.read_all(folder)
     keeping.keep_best(folder, found, [])
     results.write(folder, sweep, found)
-    write_best(folder, sweep, found)
+    keeping.write_best(folder, sweep, found, [])
     print(f"\n{table(found, ())}\n\n{results.verdict(sweep, found)}")
-    names = (BEST_FILE, keeping.BEST, "trials.csv", "report.html")
+    names = (keeping.BEST_FILE, keeping.BEST, "trials.csv", "report.html")
     for path in (folder / name for name in names):
         if path.exists():
             print(f"  {path}")
     if not finished:
-        left = sum(trial.status == "unfinished" for trial in found) + max(0, sweep.num_trials - len(found))
-        print(f"{left} trials have not ended: python tune/search.py --resume {folder}")
-
-
-def write_best(folder: Path, sweep: Sweep, found: Sequence[Trial]) -> None:
-    """Writes best.yaml: the best trial's settings, for `launch/train.py --config`."""
-    best = best_of(found)
-    if best is None:
-        return
-    base = TrainConfig(**sweep.base)
-    settings = best.settings | {"feature_cache": "auto", "gpu": None, "include": None}
-    text = f"# Trial {best.number} of {sweep.name}: validation Dice {best.dice_so_far:.4f}, {best.epoch} epochs\n"
-    partial = folder / f"{BEST_FILE}.partial"
-    partial.write_text(text + to_yaml(trials.config_of(base, settings)), encoding="utf-8")
-    os.replace(partial, folder / BEST_FILE)
+        begun = sum(not trial.is_repeat for trial in found)
+        left = sum(trial.status == "unfinished" for trial in found) + max(0, sweep.num_trials - begun)
+        print(f"{left} trials have not ended: python tune/search.py {resume_flag(folder)}")

@@ -165,7 +165,7 @@ class Unit:
 
 
 def costs(sweep: Sweep, trials: Sequence[Trial]) -> dict[int, Cost]:
-    """Number of a trial -> its device time; of a trial that failed before its first validation nothing is known: 0."""
+    """Number of a trial -> its device time."""
     devices = sweep.gpus_per_trial or 1.0
     return {
         trial.number: Cost(devices * (finite(trial.device_s) or 0.0), devices * _spared_s(sweep, trial))

@@ -5,6 +5,7 @@ validation in the trial's folder before anyone is told of it. A mistake that wou
 that is no number) ends the trial with its reason; anything else is raised, and Ray tries again.
 """
 
+import dataclasses
 import json
 import os
 import time
@@ -65,16 +66,18 @@ def train_trial(sweep_folder: Path, number: int, report: Report) -> None:
     sweep = trials.read_sweep(sweep_folder)
     folder = trials.folder_of(sweep_folder, number)
     is_main = os.environ.get("RANK", "0") == "0"
+    trial = trials.read(folder)
     try:
         _limit_gpu_memory(sweep.gpus_per_trial)
-        config = settings_of(sweep, trials.read(folder), folder, is_main)
-        trial = trials.read(folder)
-        if trial.epoch < sweep.num_epochs:
-            _train(config, sweep_folder / SPLIT_FILE, Validations(folder, trial, sweep, report, is_main))
-        last = trials.read(folder).rows[-1]
+        config, missing = settings_of(sweep, trial, folder)
+        for row in missing if is_main else ():
+            trials.append_row(folder, row)
+        validations = Validations(folder, dataclasses.replace(trial, rows=trial.rows + missing), sweep, report, is_main)
+        if validations.last is None or validations.last["epoch"] < sweep.num_epochs:
+            _train(config, sweep_folder / SPLIT_FILE, validations)
     except UserError as error:
         if is_main:
-            trials.write_outcome(folder, "failed", str(error))
+            trials.write_outcome(folder, "failed", str(error), trial.device_s + seconds_of_process())
         return
     except Exception:
         with (folder / CRASH_FILE).open("a", encoding="utf-8") as file:
@@ -82,7 +85,7 @@ def train_trial(sweep_folder: Path, number: int, report: Report) -> None:
         raise
     if is_main:
         trials.write_outcome(folder, "finished")
-    report(told(last, number))
+    report(told(validations.last, number))
 
 
 class Validations:
@@ -101,6 +104,8 @@ class Validations:
         self._report, self._is_main = report, is_main
         self._best, self._before_s = trial.dice_so_far, trial.device_s
         self._start_s: float | None = None
+        self.last = trial.rows[-1] if trial.rows else None
+        """The last validation, as it is noted."""
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Takes a row of `train`."""
@@ -111,14 +116,18 @@ class Validations:
         self._best = row["dice"] if self._best is None else max(self._best, row["dice"])
         noted = {name: row[name] for name in TOLD if name in row} | {METRIC: self._best}
         noted |= {"device_s": self._before_s + seconds_of_process(), "start_s": self._start_s, "time": time.time()}
+        self.last = noted
         if self._is_main:
             trials.append_row(self._folder, noted)
         if row["epoch"] < self._sweep.num_epochs:  # the last one is told when all is written
             self._report(told(noted, self._trial.number))
 
 
-def settings_of(sweep: Sweep, trial: Trial, folder: Path, is_main: bool) -> TrainConfig:
+def settings_of(sweep: Sweep, trial: Trial, folder: Path) -> tuple[TrainConfig, tuple[dict[str, Any], ...]]:
     """The TrainConfig of a trial: its settings, its folder, and the checkpoint it goes on from.
+
+    Returns:
+        The settings, and the validations that a kill kept from the trial's folder.
 
     Raises:
         UserError: the settings contradict each other, or the run's files were changed.
@@ -127,12 +136,11 @@ def settings_of(sweep: Sweep, trial: Trial, folder: Path, is_main: bool) -> Trai
 
     config = trials.config_of(TrainConfig(**sweep.base), trial.settings)
     place = {"output_dir": str(folder), "save_every": sweep.base["validate_every"], "resume": None, "keep": "latest"}
-    runs = sorted(folder.glob(checkpoint.RUN_PATTERN))
+    runs, missing = sorted(folder.glob(checkpoint.RUN_PATTERN)), ()
     if runs and (found := checkpoint.newest(runs[-1])) is not None:
         place["resume"] = str(found)
-        if is_main:
-            _catch_up(folder, trial, found.parent, checkpoint.read_progress(found).epoch)
-    return override(config, place | {"gpu": None, "include": None})
+        missing = _not_noted(trial, found.parent, checkpoint.read_progress(found).epoch)
+    return override(config, place | {"gpu": None, "include": None}), missing
 
 
 def told(row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -166,12 +174,12 @@ def _limit_gpu_memory(gpus_per_trial: float) -> None:
             torch.cuda.set_per_process_memory_fraction(gpus_per_trial)
 
 
-def _catch_up(folder: Path, trial: Trial, run: Path, epoch: int) -> None:
-    """Notes the validations that a kill kept from the trial's folder: the checkpoint was on the disk before them."""
-    rows = json.loads((run / "training_log.json").read_text(encoding="utf-8"))
-    best = trial.dice_so_far or 0.0
-    for row in rows:
-        if row["kind"] == "val" and max(trial.epoch, 0) < row["epoch"] <= epoch:
-            best = max(best, row["dice"])
+def _not_noted(trial: Trial, run: Path, epoch: int) -> tuple[dict[str, Any], ...]:
+    """The validations up to a checkpoint, which is on the disk before they are noted."""
+    best, found = trial.dice_so_far, []
+    for row in json.loads((run / "training_log.json").read_text(encoding="utf-8")):
+        if row["kind"] == "val" and trial.epoch < row["epoch"] <= epoch:
+            best = row["dice"] if best is None else max(best, row["dice"])
             noted = {name: row[name] for name in TOLD if name in row}
-            trials.append_row(folder, noted | {METRIC: best, "device_s": trial.device_s, "time": time.time()})
+            found.append(noted | {METRIC: best, "device_s": trial.device_s, "time": time.time()})
+    return tuple(found)

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,8 @@ class Trial:
     status: Status = "unfinished"
     """finished: all epochs; stopped: by the scheduler; failed: see reason; unfinished: begun, and to go on."""
     reason: str = ""
+    outcome_s: float = 0.0
+    """Device time as its outcome tells it: of a failed trial, whose last attempt may have ended between validations."""
 
     @property
     def epoch(self) -> int:
@@ -59,7 +61,7 @@ class Trial:
     @property
     def device_s(self) -> float:
         """Seconds on its device, starting up included, summed over its attempts."""
-        return self.rows[-1]["device_s"] if self.rows else 0.0
+        return max(self.rows[-1]["device_s"] if self.rows else 0.0, self.outcome_s)
 
     @property
     def is_repeat(self) -> bool:
@@ -84,8 +86,8 @@ def create(sweep: Path, trial: Trial) -> Path:
 
 def read_all(sweep: Path) -> list[Trial]:
     """Every trial of a sweep, by number."""
-    folders = sorted((sweep / TRIALS).glob("*/"), key=lambda folder: folder.name)
-    return [read(folder) for folder in folders if (folder / TRIAL_FILE).exists()]
+    found = [read(folder) for folder in (sweep / TRIALS).glob("*/") if (folder / TRIAL_FILE).exists()]
+    return sorted(found, key=lambda trial: trial.number)
 
 
 def read(folder: Path) -> Trial:
@@ -96,21 +98,37 @@ def read(folder: Path) -> Trial:
     """
     record = read_json(folder / TRIAL_FILE)
     outcome = read_json(folder / OUTCOME_FILE) if (folder / OUTCOME_FILE).exists() else {}
-    fields = {name: record[name] for name in ("number", "origin", "params", "settings")}
-    return Trial(**fields, rows=_read_rows(folder / ROWS_FILE), **outcome)
+    try:
+        fields = {name: _plain(record[name]) for name in ("number", "origin", "params", "settings")}
+        ended = {name: outcome[name] for name in ("status", "reason") if name in outcome}
+        return Trial(**fields, rows=_read_rows(folder / ROWS_FILE), **ended, outcome_s=outcome.get("device_s", 0.0))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        text = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder}: its files are not as the sweep wrote them ({text}); put them back") from None
 
 
 def append_row(folder: Path, row: dict[str, Any]) -> None:
     """Adds a validation, on the disk when this returns."""
-    with (folder / ROWS_FILE).open("ab") as file:
-        file.write(json.dumps(row).encode() + b"\n")
+    file = folder / ROWS_FILE
+    before = file.read_bytes() if file.exists() else b""
+    gap = b"\n" if before and not before.endswith(b"\n") else b""  # after a line that a kill cut off
+    with file.open("ab") as file:
+        file.write(gap + json.dumps(row).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_outcome(folder: Path, status: Status, reason: str = "") -> None:
-    """Notes how a trial ended."""
-    write_json(folder / OUTCOME_FILE, {"status": status, "reason": " ".join(reason.split())})
+def write_outcome(folder: Path, status: Status, reason: str = "", device_s: float = 0.0) -> None:
+    """Notes how a trial ended.
+
+    Args:
+        folder: the trial's.
+        status: not unfinished.
+        reason: of a failed or stopped one.
+        device_s: of all its attempts, where its validations do not tell it.
+    """
+    told = {"status": status, "reason": " ".join(reason.split())} | ({"device_s": device_s} if device_s else {})
+    write_json(folder / OUTCOME_FILE, told)
 
 
 def config_of(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
@@ -119,8 +137,7 @@ def config_of(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
     Raises:
         UserError: the settings contradict each other.
     """
-    lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}  # out of JSON
-    return override(base, settings | lists)
+    return override(base, settings)
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:
@@ -130,9 +147,12 @@ def best_of(trials: Sequence[Trial]) -> Trial | None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a file that is there whole or not at all, also after the machine has failed."""
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as text:
+        text.write(json.dumps(content, indent=2) + "\n")
+        text.flush()
+        os.fsync(text.fileno())
     os.replace(partial, file)
 
 
@@ -144,8 +164,10 @@ def read_json(file: Path) -> Any:
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file}: not found; expected a sweep's folder, as tune/search.py makes it") from None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; a sweep must be readable to whom it belongs") from None
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}); a sweep's files must be as it wrote them") from None
 
@@ -160,6 +182,13 @@ def _read_rows(file: Path) -> tuple[dict[str, Any], ...]:
             continue
         rows[row["epoch"]] = row
     return tuple(rows[epoch] for epoch in sorted(rows))
+
+
+def _plain(value: Any) -> Any:
+    """JSON has lists only; several names are a tuple, as in TrainConfig."""
+    if isinstance(value, dict):
+        return {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
+    return value
 
 
 @dataclass(frozen=True)
@@ -185,6 +214,8 @@ class Sweep:
     command: list[str]
     options: dict[str, Any]
     """Every field of the command's own settings."""
+    points: list[dict[str, Any]] = field(default_factory=list)
+    """Settings of the points given, as their files said when the sweep began."""
 
     @property
     def num_epochs(self) -> int:
@@ -203,7 +234,11 @@ def read_sweep(folder: Path) -> Sweep:
     Raises:
         UserError: it is missing or of another version.
     """
-    record = read_json(folder / SWEEP_FILE)
-    if record.pop("format", None) != FORMAT:
-        raise UserError(f"{folder / SWEEP_FILE}: not a sweep of this version; start a new one")
-    return Sweep(**record)
+    file = folder / SWEEP_FILE
+    record = read_json(file)
+    try:
+        if record.pop("format", None) != FORMAT:
+            raise TypeError
+        return Sweep(**record)
+    except (AttributeError, TypeError):
+        raise UserError(f"{file}: not a sweep of this version; start a new one") from None

@@ -1,0 +1,276 @@
+"""The driver of a sweep without a cluster: what a trial takes, whose folder it is, what is noted when a trial ends."""
+
+import dataclasses
+import io
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import ray
+import small_sweeps as small
+from ray.tune.execution.tune_controller import TuneController
+
+from sft.config import TrainConfig
+from sft.ranks import rank_environ
+from sft.settings import UserError
+from tune import driver, keeping, results, suggest, sweep, trials
+from tune.driver import Queue, Watch, resources
+from tune.options import SweepConfig
+from tune.progress import LiveTable
+from tune.trial_run import CRASH_FILE
+from tune.trials import Trial
+
+# What a trial takes
+
+
+@pytest.mark.parametrize(
+    ("cluster", "settings", "needs", "concurrent"),
+    [
+        ((8, 0), {}, (1, 0), 8),
+        ((8, 0), {"gpus_per_trial": 2}, (1, 0), 8),  # without GPUs of no effect
+        ((8, 0), {"cpus_per_trial": 3}, (3, 0), 2),
+        ((8, 0), {"ranks_per_trial": 2}, (2, 0), 4),
+        ((8, 0), {"ranks_per_trial": 2, "cpus_per_trial": 1}, (2, 0), 4),  # a core for each rank
+        ((8, 0), {"max_concurrent": 3}, (1, 0), 3),
+        ((8, 0), {"max_concurrent": 99}, (1, 0), 8),
+        ((16, 4), {}, (4, 1), 4),
+        ((16, 3), {"gpus_per_trial": 2}, (16, 2), 1),
+        ((16, 4), {"gpus_per_trial": 2, "ranks_per_trial": 2}, (8, 2), 2),
+        ((32, 4), {"gpus_per_trial": 0.5}, (4, 0.5), 8),
+        ((32, 2), {"gpus_per_trial": 0.3}, (5, 0.3), 6),  # three lie whole on each
+        ((32, 5), {"gpus_per_trial": 0.4}, (3, 0.4), 10),  # two on each, not 12 of 5 / 0.4
+        ((32, 2), {"gpus_per_trial": 0.75}, (16, 0.75), 2),
+        ((32, 1), {"gpus_per_trial": 0.1}, (3, 0.1), 10),
+        ((2, 4), {}, (1, 1), 2),  # cores are short
+    ],
+)
+def test_what_a_trial_takes_and_how_many_run_at_a_time(monkeypatch, cluster, settings, needs, concurrent):
+    monkeypatch.setattr(
+        ray, "cluster_resources", lambda: {"CPU": cluster[0]} | ({"GPU": cluster[1]} if cluster[1] else {})
+    )
+    assert resources(SweepConfig(**settings)) == ({"CPU": needs[0], "GPU": needs[1]}, concurrent)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "settings", "message"),
+    [
+        ((8, 1), {"gpus_per_trial": 2}, "gpus_per_trial = 2, but there are 1 GPUs; give at most 1"),
+        ((8, 4), {"ranks_per_trial": 2}, "ranks_per_trial = 2 needs a GPU for each rank: give --gpus_per_trial 2"),
+        (
+            (2, 0),
+            {"cpus_per_trial": 3},
+            "a trial of 1 ranks takes 3 cores, but there are 2; give fewer --cpus_per_trial",
+        ),
+        ((2, 0), {"ranks_per_trial": 4}, "a trial of 4 ranks takes 4 cores, but there are 2"),
+    ],
+)
+def test_what_does_not_fit_is_told(monkeypatch, cluster, settings, message):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cluster[0], "GPU": cluster[1]})
+    with pytest.raises(UserError, match=message):
+        resources(SweepConfig(**settings))
+
+
+def test_trials_inherit_neither_rank_nor_port_of_the_driver(monkeypatch):
+    started = []
+    monkeypatch.setattr(ray, "init", lambda **options: started.append((options, dict(os.environ))))
+    monkeypatch.setattr(
+        os, "environ", dict(os.environ) | rank_environ(1, 2) | {"MASTER_PORT": "1234", "PYTHONPATH": "/mine"}
+    )
+    driver.start_ray(None, ["3", "5"])
+    ((options, environ),) = started
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & environ.keys()
+    assert options["num_gpus"] == 2 and options["address"] == "local"
+    assert options["runtime_env"]["env_vars"]["PYTHONPATH"].split(os.pathsep) == [str(driver.ROOT), "/mine"]
+
+
+def test_ray_lets_a_trial_end_without_a_dice(monkeypatch):
+    """Otherwise the first trial that fails before its first validation ends the sweep."""
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    driver.start_ray(None, [])
+    asks = SimpleNamespace(metric="dice_so_far")
+    controller = SimpleNamespace(_metric=None, _search_alg=asks, _scheduler_alg=asks)
+    TuneController._validate_result_metrics(controller, {"done": True, "config/number": 3, "config/ranks": 1})
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch):
+    def refuse(**_):
+        raise ConnectionError("could not\nconnect")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(
+        UserError, match="address head:6379: no Ray cluster answers .could not connect.; ray start --head"
+    ):
+        driver.start_ray("head:6379", [])
+
+
+# The folder
+
+
+@pytest.fixture
+def without_ray(monkeypatch):
+    """Up to where Ray would be asked what there is."""
+
+    def refuse(_):
+        raise UserError("gpus_per_trial = 9, but there are 0 GPUs")
+
+    monkeypatch.setattr(driver, "start_ray", lambda *_: None)
+    monkeypatch.setattr(driver, "resources", refuse)
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+
+
+def test_a_sweep_that_does_not_come_to_a_trial_leaves_its_name_free(tmp_path, without_ray):
+    plan = small.plan(storage_path=str(tmp_path / "sweeps"), name="a")
+    for _ in range(2):
+        with pytest.raises(UserError, match="there are 0 GPUs"):
+            sweep.run(plan)
+    assert list((tmp_path / "sweeps").iterdir()) == []
+
+
+def test_a_sweep_that_is_continued_is_never_deleted_nor_changed_by_a_mistake(tmp_path, without_ray):
+    trials.write_sweep(tmp_path, small.sweep())
+    before = (tmp_path / trials.SWEEP_FILE).read_text()
+    plan = small.plan(resumed=tmp_path, num_trials=99)
+    with pytest.raises(UserError, match="there are 0 GPUs"):
+        sweep.run(plan)
+    held = keeping.lock(tmp_path)
+    with pytest.raises(UserError, match="another process is running this sweep"):
+        sweep.run(plan)
+    os.close(held)
+    assert (tmp_path / trials.SWEEP_FILE).read_text() == before
+
+
+def test_a_folder_that_exists_or_cannot_be_made_is_told(tmp_path):
+    plan = small.plan(storage_path=str(tmp_path / "my sweeps"), name="a")
+    folder = sweep.make_folder(plan)
+    with pytest.raises(UserError) as caught:
+        sweep.make_folder(plan)
+    assert str(caught.value) == f"{folder} exists; give another --name, or continue it: --resume '{folder}'"
+    (tmp_path / "file").touch()
+    for settings in ({"storage_path": str(tmp_path / "file")}, {"storage_path": str(tmp_path), "name": "n" * 300}):
+        with pytest.raises(UserError, match="give another --storage_path or --name"):
+            sweep.make_folder(small.plan(**{"name": "a"} | settings))
+
+
+def test_the_record_of_a_sweep_holds_what_a_later_session_needs(tmp_path):
+    plan = small.plan(
+        points=[{"lora_rank": 16}], num_trials=5, search="random", grace=2, base=TrainConfig(validate_every=3)
+    )
+    made = sweep.record(plan, tmp_path / "s")
+    assert (made.name, made.num_trials, made.grace_epochs, made.points) == ("s", 5, 6, [{"lora_rank": 16}])
+    trials.write_sweep(tmp_path, made)
+    again = sweep.record(dataclasses.replace(small.plan(num_trials=8, seeds=2), resumed=tmp_path), tmp_path)
+    assert (again.num_trials, again.options["seeds"], again.options["resume"]) == (8, 2, None)
+    assert (again.started, again.points, again.grace_epochs) == (made.started, made.points, 6)
+    grid = small.plan(small.GRID, search="grid")
+    assert sweep.record(grid, tmp_path / "g").num_trials == 1 + 6
+
+
+def test_trials_read_features_from_the_disk_they_share():
+    for given, gpus, wanted in (
+        ("auto", 0.0, "disk"),
+        ("auto", 0.5, "disk"),
+        ("auto", 1.0, "auto"),
+        ("off", 0.0, "off"),
+    ):
+        assert sweep.share_features(TrainConfig(feature_cache=given), gpus).feature_cache == wanted
+
+
+# What Ray asks, and is told
+
+
+def of_ray(number: int) -> SimpleNamespace:
+    return SimpleNamespace(trial_id=f"id{number}", config={"number": number})
+
+
+def test_the_queue_gives_what_waits_then_what_is_new_and_makes_the_folders(tmp_path):
+    plan = small.plan(num_trials=3)
+    known = [small.trial(0, [0.5]), small.trial(1, [0.4], "unfinished")]
+    queue = Queue(tmp_path, known[1:], suggest.Suggestions(plan, known), {"ranks": 1})
+    assert queue.suggest("a") == {"ranks": 1, "number": 1} and queue.suggest("b") == {"ranks": 1, "number": 2}
+    assert queue.suggest("c") == Queue.FINISHED
+    assert [trial.number for trial in trials.read_all(tmp_path)] == [1, 2]
+    assert Queue(tmp_path, [], None, {}).suggest("d") == Queue.FINISHED
+
+
+@pytest.fixture
+def watch(tmp_path, monkeypatch):
+    """Over two trials, of which 1 has begun; the report is not drawn."""
+    monkeypatch.setattr(results, "write", lambda *_: None)
+    trials.write_sweep(tmp_path, small.sweep())
+    for one in (small.trial(0, [0.5]), small.trial(1, status="unfinished")):
+        small.put(tmp_path, one)
+    made = Watch(tmp_path, LiveTable(small.sweep(), 2, io.StringIO()), None)
+    made.on_trial_start(0, [], of_ray(1))
+    return made
+
+
+def test_a_trial_that_crashes_for_good_is_noted_with_its_reason_and_its_time(tmp_path, watch, monkeypatch):
+    crash = trials.folder_of(tmp_path, 1) / CRASH_FILE
+    crash.write_text("Traceback\n  File\nRuntimeError: first\nTraceback\nRuntimeError: a worm\n\n")
+    begun_s = watch._since_s["id1"]
+    monkeypatch.setattr(driver.time, "monotonic", lambda: begun_s + 42.0)
+    watch.on_trial_start(0, [], of_ray(1))  # a further attempt
+    watch.on_trial_error(0, [], of_ray(1))
+    found = trials.read(crash.parent)
+    assert (found.status, found.reason) == ("failed", "crashed 3 times: RuntimeError: a worm")
+    assert found.device_s == pytest.approx(42.0)
+    watch.on_trial_error(0, [], of_ray(1))
+    assert trials.read(crash.parent) == found  # what is noted stays
+
+
+@pytest.mark.parametrize("crash", [None, "", "\n"])
+def test_a_process_that_died_without_a_word_is_noted_so(tmp_path, watch, crash):
+    folder = trials.folder_of(tmp_path, 1)
+    if crash is not None:
+        (folder / CRASH_FILE).write_text(crash)
+    watch.on_trial_error(0, [], of_ray(1))
+    assert trials.read(folder).reason == "crashed 3 times: its process died"
+
+
+def test_when_a_trial_ends_the_search_hears_of_it_and_the_best_is_written(tmp_path, watch):
+    heard = []
+    watch._suggestions = SimpleNamespace(ended=heard.append)
+    folder = trials.folder_of(tmp_path, 1)
+    for row in small.rows([0.7]):
+        trials.append_row(folder, row)
+    trials.write_outcome(folder, "stopped", "behind")
+    (folder / "ray").mkdir()
+    watch.on_trial_complete(0, [], of_ray(1))
+    assert heard == [trials.read(folder)] and not (folder / "ray").exists()
+    assert (tmp_path / keeping.BEST_FILE).read_text().startswith("# Trial 1 of sweep_1: validation Dice 0.7000")
+    assert json.loads((folder / "outcome.json").read_text())["status"] == "stopped"
+
+
+def test_repeats_have_what_time_the_search_has_left(tmp_path, monkeypatch):
+    small.put(tmp_path, small.trial(0, [0.5]))
+    asked = []
+
+    class Tuner:
+        def __init__(self, *_, tune_config, **__):
+            asked.append(tune_config.time_budget_s)
+
+        def fit(self):
+            small.put(tmp_path, small.repeat(1, of=0, seed=43))
+
+    monkeypatch.setattr(driver.tune, "Tuner", Tuner)
+    for waited_s, asked_s, ended in ((100.0, [], False), (99.0, [1.0], True)):
+        plan = small.plan(num_trials=1, seeds=2, time_budget_s=100)
+        phase = driver.Phase(plan, small.sweep(), tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
+        now_s = phase._started_s + waited_s
+        with monkeypatch.context() as patch:
+            patch.setattr(driver.time, "monotonic", lambda now_s=now_s: now_s)
+            assert sweep.search(phase, plan, tmp_path) is ended
+        assert asked == pytest.approx(asked_s)
+
+
+def test_a_sweep_whose_trials_have_all_ended_starts_nothing(tmp_path):
+    for number in range(2):
+        small.put(tmp_path, small.trial(number, [0.5]))
+    plan = small.plan(num_trials=2)
+    phase = driver.Phase(plan, small.sweep(), tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
+    assert sweep.search(phase, plan, tmp_path)
+    small.put(tmp_path, Trial(2, "trial 1, seed 43", {}, {"seed": 43}, status="finished"))
+    assert sweep.search(phase, plan, tmp_path)

@@ -1,0 +1,302 @@
+"""One trial where it runs, in this process: what is noted before anyone is told, what a second attempt goes on from."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_runs
+import small_sweeps as small
+import torch
+
+from sft import checkpoint, losses
+from sft.feature_store.place import free_gpu_bytes
+from sft.settings import UserError
+from sft.train import prepare
+from tune import trial_run, trials
+from tune.trial_run import CRASH_FILE, SPLIT_FILE, run_trial, train_trial
+from tune.trials import OUTCOME_FILE, ROWS_FILE, Trial
+
+pytestmark = pytest.mark.usefixtures("ranks")
+EPOCHS = 4
+GIB = 2**30
+TIMES = {"device_s", "start_s", "time"}
+SPARSE = {"validate_every": 2, "num_epochs": EPOCHS}
+
+
+class ProcessEnds(BaseException):
+    """In place of the end that Ray makes of a trial's process."""
+
+
+class Ray:
+    """What a trial reports to; ends its process at an epoch."""
+
+    def __init__(self, folder: Path, ends_at: int | None = None):
+        self._folder, self._ends_at = folder, ends_at
+        self.told: list[int] = []
+
+    def __call__(self, result: dict) -> None:
+        noted = trials.read(self._folder)
+        assert result == {"epoch": noted.epoch, "dice_so_far": noted.dice_so_far, "number": noted.number}
+        assert (noted.status == "finished") is (result["epoch"] == EPOCHS)
+        (run,) = self._folder.glob(checkpoint.RUN_PATTERN)
+        assert checkpoint.read_progress(checkpoint.newest(run)).epoch == result["epoch"]
+        self.told.append(result["epoch"])
+        if result["epoch"] == self._ends_at:
+            raise ProcessEnds
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory, ranks) -> Path:
+    """The folder of a sweep, with its split."""
+    place = tmp_path_factory.mktemp("sweep")
+    inputs = small_runs.write_inputs(tmp_path_factory.mktemp("inputs"))
+    base = small_runs.settings(inputs, place, num_epochs=EPOCHS, lora_dropout=0.1, save_every=3, gpu="7")
+    trials.write_sweep(place, small.sweep(base=base))
+    trials.write_json(place / SPLIT_FILE, prepare(small_runs.settings(inputs, place), highest_rank=8).split)
+    return place
+
+
+@pytest.fixture(scope="module")
+def whole(sweep) -> Trial:
+    """A trial that nothing interrupted."""
+    ray = begin(sweep, 0)
+    train_trial(sweep, 0, ray)
+    assert ray.told == [1, 2, 3, 4]
+    return trials.read(trials.folder_of(sweep, 0))
+
+
+def begin(sweep: Path, number: int, ends_at: int | None = None, **settings) -> Ray:
+    """A new trial, and what it will report to."""
+    return Ray(trials.create(sweep, Trial(number, "random", {}, {"lora_rank": 2} | settings)), ends_at)
+
+
+def figures(trial: Trial) -> list[dict]:
+    """Its validations without what is time."""
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in trial.rows]
+
+
+def log_of(folder: Path) -> str:
+    (run,) = folder.glob(checkpoint.RUN_PATTERN)
+    return (run / "training.log").read_text()
+
+
+def fail(*_) -> None:
+    pytest.fail("trained")
+
+
+# A trial from its beginning to its end
+
+
+def test_a_trial_notes_every_validation_and_its_end(sweep, whole):
+    assert (whole.status, whole.reason, whole.epoch) == ("finished", "", EPOCHS)
+    (run,) = trials.folder_of(sweep, 0).glob(checkpoint.RUN_PATTERN)
+    told = [row for row in small_runs.rows(run, "val") if row["epoch"]]
+    assert [row["dice"] for row in whole.rows] == [row["dice"] for row in told]
+    assert [row["dice_so_far"] for row in whole.rows] == [max(row["dice"] for row in told[:end]) for end in range(1, 5)]
+    assert {"dice_best", "threshold_best", "iou", "recall", "precision", "seg_rate"} < whole.rows[0].keys()
+    times = [row["device_s"] for row in whole.rows]
+    assert 0 < whole.rows[0]["start_s"] < times[0] and times == sorted(times) and whole.device_s == times[-1]
+
+
+def test_a_trial_has_its_settings_in_its_folder_and_the_split_of_the_sweep(sweep, whole):
+    (run,) = trials.folder_of(sweep, 0).glob(checkpoint.RUN_PATTERN)
+    record = json.loads((run / "config.json").read_text())
+    assert (record["lora_rank"], record["lora_alpha"], record["gpu"], record["keep"]) == (2, 8, None, "latest")
+    assert json.loads((run / "split.json").read_text()) == json.loads((sweep / SPLIT_FILE).read_text())
+    assert {path.name for path in run.glob("checkpoint_*")} == {checkpoint.BEST, checkpoint.LATEST}
+
+
+def test_a_trial_saves_at_every_validation(tmp_path):
+    sweep = small.sweep(base=small_runs.settings(tmp_path, tmp_path, **SPARSE, include="localhost:1"))
+    config, missing = trial_run.settings_of(sweep, small.trial(3, settings={"lora_rank": 2}), tmp_path)
+    assert (config.save_every, config.keep, config.resume, config.include) == (2, "latest", None, None)
+    assert (config.lora_rank, config.output_dir, missing) == (2, str(tmp_path), ())
+
+
+# A second attempt
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_second_attempt_goes_on_from_the_epoch_of_the_first(sweep, whole, epoch):
+    number = 10 + epoch
+    ray = begin(sweep, number, ends_at=epoch)
+    folder = trials.folder_of(sweep, number)
+    with pytest.raises(ProcessEnds):
+        train_trial(sweep, number, ray)
+    first = trials.read(folder)
+    assert (first.status, first.epoch) == ("unfinished", epoch) and not (folder / CRASH_FILE).exists()
+    ray = Ray(folder)
+    train_trial(sweep, number, ray)
+    assert ray.told == list(range(epoch + 1, EPOCHS + 1))
+    second = trials.read(folder)
+    assert second.status == "finished" and figures(second) == figures(whole)
+    assert f"Resumed after epoch {epoch} " in log_of(folder)
+    assert second.rows[:epoch] == first.rows
+    assert second.rows[epoch]["device_s"] > first.device_s + second.rows[epoch]["start_s"]  # the attempts are summed
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_validations_that_a_kill_kept_from_the_folder_are_caught_up(sweep, whole, kept):
+    number = 20 + kept
+    ray = begin(sweep, number, ends_at=2)
+    folder = trials.folder_of(sweep, number)
+    with pytest.raises(ProcessEnds):
+        train_trial(sweep, number, ray)
+    lines = (folder / ROWS_FILE).read_text().splitlines()
+    (folder / ROWS_FILE).write_text("".join(f"{line}\n" for line in lines[:kept]) + lines[kept][:9])
+    ray = Ray(folder)
+    train_trial(sweep, number, ray)
+    assert ray.told == [3, 4]
+    found = trials.read(folder)
+    assert figures(found) == figures(whole)
+    assert [json.loads(line)["epoch"] for line in (folder / ROWS_FILE).read_text().splitlines() if line[-1] == "}"] == (
+        [1, 2, 3, 4]
+    )
+
+
+@pytest.mark.parametrize("kept", [3, 4])
+def test_a_trial_that_was_killed_at_its_very_end_is_not_trained_again(sweep, whole, kept, monkeypatch):
+    folder = trials.folder_of(sweep, 0)
+    before = (folder / ROWS_FILE).read_text()
+    (folder / ROWS_FILE).write_text("".join(before.splitlines(keepends=True)[:kept]))
+    (folder / OUTCOME_FILE).unlink()
+    monkeypatch.setattr(trial_run, "_train", fail)
+    ray = Ray(folder)
+    train_trial(sweep, 0, ray)
+    assert ray.told == [EPOCHS] and figures(trials.read(folder)) == figures(whole)
+    assert trials.read(folder).status == "finished"
+
+
+# Failures
+
+
+def test_settings_that_contradict_each_other_fail_with_their_reason(sweep):
+    ray = begin(sweep, 30, lora_scope=["mask_decoder"], train_modules=["mask_decoder"])
+    train_trial(sweep, 30, ray)
+    found = trials.read(trials.folder_of(sweep, 30))
+    assert (found.status, ray.told, found.rows) == ("failed", [], ())
+    assert found.reason == "lora_scope and train_modules both name mask_decoder; keep it in one of them"
+    assert found.device_s > 0
+
+
+def test_a_mistake_that_training_finds_fails_with_its_reason(sweep):
+    ray = begin(sweep, 31, lora_target_modules=["no_such_layer"])
+    train_trial(sweep, 31, ray)
+    found = trials.read(trials.folder_of(sweep, 31))
+    assert found.status == "failed" and "no_such_layer" in found.reason and ray.told == []
+
+
+def test_a_loss_that_is_no_number_fails_after_the_validations_before_it(sweep, whole, monkeypatch):
+    calls, combo = [], losses.combo
+
+    def nan_later(*arguments):
+        terms = combo(*arguments)
+        if arguments[0].requires_grad:  # of a training step
+            calls.append(1)
+        return terms | {"total": terms["total"] * math.nan} if len(calls) > steps else terms
+
+    (run,) = trials.folder_of(sweep, 0).glob(checkpoint.RUN_PATTERN)
+    steps = small_runs.rows(run, "train")[0]["step"] * 2  # a batch has images of two sizes
+    monkeypatch.setattr(losses, "combo", nan_later)
+    ray = begin(sweep, 32)
+    train_trial(sweep, 32, ray)
+    found = trials.read(trials.folder_of(sweep, 32))
+    assert found.status == "failed" and "is not finite" in found.reason
+    assert ray.told == list(range(1, found.epoch + 1)) and 0 < found.epoch < EPOCHS
+    assert figures(found) == figures(whole)[: found.epoch]
+    assert found.device_s > found.rows[-1]["device_s"]
+
+
+def test_what_nobody_expected_is_written_down_and_raised(sweep, monkeypatch):
+    def crash(*_):
+        raise RuntimeError("a worm in the disk")
+
+    monkeypatch.setattr(trial_run, "_train", crash)
+    ray = begin(sweep, 33)
+    folder = trials.folder_of(sweep, 33)
+    for attempt in (1, 2):
+        with pytest.raises(RuntimeError, match="worm"):
+            train_trial(sweep, 33, ray)
+        text = (folder / CRASH_FILE).read_text()
+        assert text.count("Traceback") == attempt and text.endswith("RuntimeError: a worm in the disk\n")
+    assert trials.read(folder).status == "unfinished" and ray.told == []  # Ray tries again
+
+
+# Ranks, GPUs, ports
+
+
+def test_of_several_ranks_one_writes_and_all_tell(sweep, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    rows = [{"epoch": epoch, "dice": dice, "dice_best": 1.0} for epoch, dice in enumerate([0.9, 0.2, 0.4, 0.3, 0.1])]
+    monkeypatch.setattr(trial_run, "_train", lambda config, split, on_validation: [on_validation(row) for row in rows])
+    told = []
+    begin(sweep, 40)
+    train_trial(sweep, 40, told.append)
+    folder = trials.folder_of(sweep, 40)
+    assert [path.name for path in folder.iterdir()] == [trials.TRIAL_FILE]
+    # The base's Dice, of epoch 0, is none of the trial's.
+    assert [(row["epoch"], row["dice_so_far"]) for row in told] == [(1, 0.2), (2, 0.4), (3, 0.4), (4, 0.4)]
+
+    def mistaken(*_):
+        raise UserError("rank 0 tells it")
+
+    monkeypatch.setattr(trial_run, "_train", mistaken)
+    train_trial(sweep, 40, told.append)
+    assert not (folder / OUTCOME_FILE).exists()
+
+
+def test_a_trial_of_one_rank_runs_where_ray_started_it(monkeypatch):
+    called = []
+    monkeypatch.setattr(trial_run, "train_trial", lambda *arguments: called.append(arguments))
+    run_trial({"sweep": "/a", "number": 3, "ranks": 1, "needs": {"CPU": 1, "GPU": 0}})
+    assert called == [(Path("/a"), 3, trial_run.tune.report)]
+
+
+@pytest.mark.parametrize(("gpus", "asked"), [(0.3, [0.3]), (0.5, [0.5]), (1.0, []), (2.0, []), (0.0, [])])
+def test_a_trial_takes_its_share_of_a_gpus_memory_before_it_trains(sweep, tmp_path, monkeypatch, gpus, asked):
+    shares = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+
+    def stop(*_):
+        shares.append("training")
+        raise UserError("enough")
+
+    monkeypatch.setattr(trial_run, "_train", stop)
+    trials.write_sweep(tmp_path, small.sweep(gpus_per_trial=gpus))
+    train_trial(tmp_path, 0, begin(tmp_path, 0))
+    assert shares == [*asked, "training"]
+
+
+@pytest.mark.parametrize(
+    ("share", "free_gib", "wanted_gib"),
+    [(1.0, 60, 60 + 10 - 6), (0.25, 60, 20 - 6), (0.5, 5, 5 + 10 - 6)],  # alone; its share; what others left
+)
+def test_free_memory_is_that_of_the_share(monkeypatch, share, free_gib, wanted_gib):
+    for name, value in {
+        "mem_get_info": (free_gib * GIB, 80 * GIB),
+        "memory_reserved": 10 * GIB,
+        "memory_allocated": 6 * GIB,
+        "get_per_process_memory_fraction": share,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_gpu_bytes(torch.device("cuda")) == wanted_gib * GIB
+
+
+def test_two_trials_at_once_never_get_the_same_port():
+    code = (
+        "import os, sys; from sft.ranks import ensure_rank, reserve_port; ensure_rank(); "
+        "print(os.environ['MASTER_PORT'], *(reserve_port() for _ in range(200)), flush=True); sys.stdin.read()"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "RANK", "WORLD_"))}
+    options = {"env": clean, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", code], **options) for _ in range(2)]
+    ports = [process.stdout.readline().split() for process in both]  # both still hold theirs
+    for process in both:
+        process.communicate()
+        assert process.returncode == 0
+    assert [len(found) for found in ports] == [201, 201] and len(set(ports[0] + ports[1])) == 402

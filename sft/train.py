@@ -51,7 +51,9 @@ class Prepared:
     split: dict
     """The content of split.json."""
     checkpoint_bytes: int
-    """Estimate of one checkpoint at the rank asked for."""
+    """Estimate of one checkpoint."""
+    batch_size: int
+    """The config's; where that is auto, what it chooses here."""
     features: str
     """What was computed, in a sentence."""
 
@@ -257,14 +259,13 @@ def dry_run(config: TrainConfig) -> Result:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def prepare(config: TrainConfig, highest_rank: int) -> Prepared:
+def prepare(config: TrainConfig) -> Prepared:
     """Checks everything and computes the frozen features that runs of this config will read, before any of them.
 
     Leaves the features on the disk and nothing else.
 
     Args:
-        config: what the runs have in common.
-        highest_rank: the highest lora_rank among them, for the size of a checkpoint.
+        config: what the runs have in common, with their highest lora_rank: it decides how much room they need.
 
     Raises:
         UserError: as `train`.
@@ -275,10 +276,11 @@ def prepare(config: TrainConfig, highest_rank: int) -> Prepared:
         with runs.prepared(config, scratch=folder) as run:
             runs.keep_features(run, all_items(run))
             split = json.loads((run.directory / "split.json").read_text(encoding="utf-8")) if ranks.is_main else {}
-            trainable = run.size.lora_parameters * highest_rank // config.lora_rank + run.size.whole_parameters
+            trainable, number = run.size.lora_parameters + run.size.whole_parameters, run.config.batch_size
         lines = (folder / "training.log").read_text(encoding="utf-8").splitlines() if ranks.is_main else []
         told = next((line for line in reversed(lines) if line.startswith("Frozen features")), "Frozen features: none")
-        return Prepared(split, checkpoint.checkpoint_bytes(trainable, 2 if config.precision == "bf16" else 4), told)
+        one = checkpoint.checkpoint_bytes(trainable, 2 if config.precision == "bf16" else 4)
+        return Prepared(split, one, number, told)
     finally:
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)

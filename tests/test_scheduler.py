@@ -10,7 +10,7 @@ from ray.tune.schedulers import TrialScheduler
 from sft.config import TrainConfig
 from tune import tally, trials
 from tune.scheduler import NotedAsha
-from tune.trials import Trial
+from tune.trials import SEED_NUMBER, Trial
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
@@ -52,15 +52,24 @@ def outcome(folder, number: int) -> Trial:
 
 def test_of_those_that_come_to_a_rung_the_best_third_goes_on(tmp_path):
     session = Session(tmp_path, small.sweep())  # 9 epochs, grace 1, reduction 3
-    for number in range(6):
+    for number in range(1, 7):
         session.start(number)
-    told = [session.tell(number, 1, dice) for number, dice in enumerate([0.3, 0.6, 0.49, 0.51, 0.9])]
+    told = [session.tell(number, 1, dice) for number, dice in enumerate([0.3, 0.6, 0.49, 0.51, 0.9], start=1)]
     # Two thirds of the way through those before: none; 0.3; 0.3 + 0.3 * 2/3 = 0.5; 0.49 + 0.11 / 3 = 0.527; 0.51.
     assert told == [CONTINUE, CONTINUE, STOP, STOP, CONTINUE]
-    assert [session.tell(1, epoch, 0.6) for epoch in (2, 3)] == [CONTINUE, CONTINUE]
-    assert session.tell(0, 2, 0.1) == CONTINUE  # no rung
-    assert session.tell(0, 3, 0.59) == STOP and session.tell(4, 4, 0.9) == CONTINUE  # past 3: it counts there
+    assert [session.tell(2, epoch, 0.6) for epoch in (2, 3)] == [CONTINUE, CONTINUE]
+    assert session.tell(1, 2, 0.1) == CONTINUE  # no rung
+    assert session.tell(1, 3, 0.59) == STOP and session.tell(5, 4, 0.9) == CONTINUE  # past 3: it counts there
     assert session.rungs() == {1: [0.3, 0.49, 0.51, 0.6, 0.9], 3: [0.59, 0.6, 0.9]}
+
+
+def test_the_seed_setting_is_never_stopped_and_counts_at_its_rungs(tmp_path):
+    session = Session(tmp_path, small.sweep())
+    session.start(SEED_NUMBER), session.start(1)
+    session.tell(1, 1, 0.9)
+    assert [session.tell(SEED_NUMBER, epoch, 0.1) for epoch in (1, 2, 3)] == [CONTINUE] * 3
+    assert session.rungs() == {1: [0.1, 0.9], 3: [0.1]}
+    assert outcome(tmp_path, SEED_NUMBER).status == "unfinished"
 
 
 def test_a_stop_is_noted_with_its_reason(tmp_path):
@@ -144,14 +153,14 @@ def test_after_restarts_decisions_and_rungs_are_those_of_an_uninterrupted_sessio
 
 
 def test_a_restored_trial_is_not_judged_at_a_rung_again(tmp_path):
-    for number, dice in enumerate([0.3, 0.8, 0.9]):
+    for number, dice in enumerate([0.3, 0.8, 0.9], start=1):
         small.put(tmp_path, small.trial(number, [dice], "unfinished"))
     session = Session(tmp_path, small.sweep())
-    session.start(0), session.start(1), session.start(2)
-    assert session.tell(0, 1, 0.3) == CONTINUE and session.tell(0, 2, 0.3) == CONTINUE  # the worst of three
+    session.start(1), session.start(2), session.start(3)
+    assert session.tell(1, 1, 0.3) == CONTINUE and session.tell(1, 2, 0.3) == CONTINUE  # the worst of three
     assert session.rungs() == {1: [0.3, 0.8, 0.9], 3: []}
-    assert session.tell(1, 3, 0.8) == CONTINUE
-    assert session.tell(0, 3, 0.3) == STOP  # at the next rung it is
+    assert session.tell(2, 3, 0.8) == CONTINUE
+    assert session.tell(1, 3, 0.3) == STOP  # at the next rung it is
 
 
 def test_trials_of_before_count_where_they_came_to(tmp_path):

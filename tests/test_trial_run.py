@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small_runs
@@ -56,7 +57,7 @@ def sweep(tmp_path_factory, ranks) -> Path:
     inputs = small_runs.write_inputs(tmp_path_factory.mktemp("inputs"))
     base = small_runs.settings(inputs, place, num_epochs=EPOCHS, lora_dropout=0.1, save_every=3, gpu="7")
     trials.write_sweep(place, small.sweep(base=base))
-    trials.write_json(place / SPLIT_FILE, prepare(small_runs.settings(inputs, place), highest_rank=8).split)
+    trials.write_json(place / SPLIT_FILE, prepare(small_runs.settings(inputs, place, lora_rank=8)).split)
     return place
 
 
@@ -256,11 +257,17 @@ def test_a_trial_of_one_rank_runs_where_ray_started_it(monkeypatch):
     assert called == [(Path("/a"), 3, trial_run.tune.report)]
 
 
-@pytest.mark.parametrize(("gpus", "asked"), [(0.3, [0.3]), (0.5, [0.5]), (1.0, []), (2.0, []), (0.0, [])])
+@pytest.mark.parametrize(
+    ("gpus", "asked"), [(0.25, [0.125]), (0.5, [0.375]), (0.01, [0.005]), (1.0, []), (2.0, []), (0.0, [])]
+)
 def test_a_trial_takes_its_share_of_a_gpus_memory_before_it_trains(sweep, tmp_path, monkeypatch, gpus, asked):
     shares = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    # Of a GPU of which CUDA takes an eighth in each process; of a share too small for that, half is left.
+    total = SimpleNamespace(total_memory=8 * trial_run.CONTEXT_BYTES)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
 
     def stop(*_):
         shares.append("training")
@@ -300,3 +307,16 @@ def test_two_trials_at_once_never_get_the_same_port():
         process.communicate()
         assert process.returncode == 0
     assert [len(found) for found in ports] == [201, 201] and len(set(ports[0] + ports[1])) == 402
+
+
+def test_a_trial_waits_for_one_whose_driver_was_killed_and_gives_up_in_the_end(tmp_path, monkeypatch):
+    folder, waited = trials.create(tmp_path, Trial(0, "random", {}, {})), []
+    with trials.alone(folder):
+        clock = iter(range(0, 1000, 50))
+        monkeypatch.setattr(trials.time, "monotonic", lambda: next(clock))
+        monkeypatch.setattr(trials.time, "sleep", waited.append)
+        with pytest.raises(RuntimeError, match="another process still runs this trial"), trials.alone(folder):
+            raise AssertionError("two processes would write the same files")
+        assert len(waited) == 2
+    with trials.alone(folder):
+        pass

@@ -27,7 +27,7 @@ from tune.options import ROOT, Plan, SweepConfig
 from tune.progress import LiveTable
 from tune.scheduler import NotedAsha
 from tune.suggest import Suggestions
-from tune.trial_run import CRASH_FILE, run_trial
+from tune.trial_run import CRASH_FILE, limit_gpu_memory, run_trial
 from tune.trials import METRIC, Sweep, Trial
 
 RETRIES = 2  # of a trial that crashed, from its last checkpoint
@@ -40,7 +40,7 @@ ENVIRONMENT = {  # of the driver
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # otherwise Tune prints a table of its own
     "RAY_USAGE_STATS_ENABLED": "0",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails before its first validation has no Dice to tell
+    "RAY_raylet_start_wait_time_s": "120",  # instead of 30: a machine may be busy
 }
 
 
@@ -68,7 +68,11 @@ def start_ray(address: str | None, gpus: Sequence[str]) -> None:
             raise UserError(f"address {address}: no Ray cluster answers ({reason}); ray start --head first") from None
         return
     cores = len(os.sched_getaffinity(0))
-    ray.init(address="local", num_cpus=cores, num_gpus=len(gpus), include_dashboard=False, **options)
+    try:
+        ray.init(address="local", num_cpus=cores, num_gpus=len(gpus), include_dashboard=False, **options)
+    except Exception as error:  # Ray has no class for it
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"Ray did not start on this machine ({reason}); start again when it is less busy") from error
 
 
 def resources(sweep: SweepConfig) -> tuple[dict[str, float], int]:
@@ -97,12 +101,11 @@ def resources(sweep: SweepConfig) -> tuple[dict[str, float], int]:
     return {"CPU": cores, "GPU": per_trial}, min(room, sweep.max_concurrent or room)
 
 
-def prepare_nodes(config: TrainConfig, highest_rank: int, needs: dict[str, float]) -> list[Any]:
+def prepare_nodes(config: TrainConfig, needs: dict[str, float]) -> list[Any]:
     """Computes the frozen features once on each node, before any trial.
 
     Args:
-        config: what the trials have in common.
-        highest_rank: among them.
+        config: what the trials have in common, with their highest rank.
         needs: what one trial takes.
 
     Returns:
@@ -118,13 +121,8 @@ def prepare_nodes(config: TrainConfig, highest_rank: int, needs: dict[str, float
     # One call per process: a trial in the same process would count its seconds as its own.
     options = {"num_cpus": cores, "num_gpus": 1 if needs["GPU"] else 0, "max_retries": 1, "max_calls": 1}
     task = ray.remote(**options)(_prepare)
-    waiting = [
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            config, highest_rank
-        )
-        for node in nodes
-    ]
-    found = ray.get(waiting)
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    found = ray.get([task.options(scheduling_strategy=place).remote(config, needs["GPU"]) for place in places])
     for one in found:
         if isinstance(one, str):
             raise UserError(one)
@@ -272,7 +270,7 @@ class Watch(Callback):
     def close(self) -> None:
         """The last look."""
         self._running.clear()
-        self._shown.show(trials_of(self._folder), [], force=True)
+        self._shown.close(trials_of(self._folder))
 
     def _ended(self, trial: Any) -> None:
         self._running.pop(trial.trial_id, None)
@@ -280,9 +278,12 @@ class Watch(Callback):
         if self._suggestions is not None:
             self._suggestions.ended(next(one for one in found if one.number == number))
         sweep, live = trials.read_sweep(self._folder), list(self._running.values())
-        keeping.keep_best(self._folder, found, live)
-        keeping.write_best(self._folder, sweep, found, live)
-        results.write(self._folder, sweep, found)
+        try:
+            keeping.keep_best(self._folder, found, live)
+            keeping.write_best(self._folder, sweep, found, live)
+            results.write(self._folder, sweep, found)
+        except OSError as error:  # a full disk may have room again when the next trial ends
+            print(f"warning: {error.filename}: {error.strerror}; the results are of before trial {number}", flush=True)
         shutil.rmtree(trials_folder(self._folder, trial) / "ray", ignore_errors=True)
         self._show(force=True)
 
@@ -321,11 +322,12 @@ def trials_folder(folder: Path, trial: Any) -> Path:
     return trials.folder_of(folder, trial.config["number"])
 
 
-def _prepare(config: TrainConfig, highest_rank: int) -> Any:
+def _prepare(config: TrainConfig, gpus_per_trial: float) -> Any:
     """Runs on a node; a mistake comes back as text, since Ray would wrap it."""
     from sft.train import prepare
 
     try:
-        return prepare(config, highest_rank)
+        limit_gpu_memory(gpus_per_trial)
+        return prepare(config)
     except UserError as error:
         return str(error)

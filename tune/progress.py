@@ -70,6 +70,13 @@ class LiveTable:
             self._next_s = time.monotonic() + REDRAW_S
             self._draw(f"{table(found, running, ROWS)}\n{self.summary(found, running)}")
 
+    def close(self, found: Sequence[Trial]) -> None:
+        """Takes the live table off the terminal; elsewhere tells what has not been told."""
+        if self._live:
+            self._draw("")
+        else:
+            self._tell_changes(found, [])
+
     def summary(self, found: Sequence[Trial], running: Sequence[int]) -> str:
         """How many trials, the best, and the time left."""
         ended = [trial for trial in found if trial.status != "unfinished"]
@@ -108,7 +115,7 @@ class LiveTable:
         columns = shutil.get_terminal_size().columns  # a line that wraps would be two
         lines = [line[: columns - 1] for line in text.splitlines()]
         back = f"\x1b[{self._drawn_lines}A\x1b[J" if self._drawn_lines else ""
-        print(back + "\n".join(lines), file=self._stream, flush=True)
+        print(back + "".join(f"{line}\n" for line in lines), end="", file=self._stream, flush=True)
         self._drawn_lines = len(lines)
 
 

@@ -1,7 +1,8 @@
 """ASHA with a memory: trials of an earlier session stand in its rungs, and what it stops is noted on the disk.
 
 Takes trials as their folders tell them and Ray's results, gives Ray's decisions. The algorithm is Ray's own: at epochs
-grace, grace x reduction, ... a trial goes on if its best Dice is among the best 1/reduction of all that came there.
+grace, grace x reduction, ... a trial goes on if its best Dice is among the best 1/reduction of all that came there. The
+seed setting is never stopped.
 """
 
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from tune import trials
-from tune.trials import METRIC, Sweep, Trial
+from tune.trials import METRIC, SEED_NUMBER, Sweep, Trial
 
 EPOCH = "epoch"  # absolute: a trial that was restored does not begin at 1 again
 
@@ -49,8 +50,8 @@ class NotedAsha(ASHAScheduler):
         if EPOCH not in result:  # it has failed before its first validation, and ends by itself
             return TrialScheduler.CONTINUE
         decision = super().on_trial_result(tune_controller, trial, result)
-        if result.get(EPOCH, self._num_epochs) >= self._num_epochs:
-            return TrialScheduler.CONTINUE  # it has ended, or failed, and written its outcome
+        if result[EPOCH] >= self._num_epochs or result["number"] == SEED_NUMBER:
+            return TrialScheduler.CONTINUE  # it has ended by itself; or all others are held against its whole course
         if decision == TrialScheduler.STOP:
             reason = f"at epoch {result[EPOCH]} not among the best 1/{self._reduction_factor:g} with Dice "
             trials.write_outcome(

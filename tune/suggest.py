@@ -18,7 +18,7 @@ from sft.settings import UserError
 from tune import trials
 from tune.options import Plan
 from tune.space import Axis, Space
-from tune.trials import SEED_SETTING, Trial
+from tune.trials import SEED_NUMBER, SEED_SETTING, Trial
 
 FEWEST_RANDOM = 8  # points before TPE's model is trusted
 
@@ -131,7 +131,7 @@ def _searched(known: Sequence[Trial]) -> int:
 def _given(plan: Plan) -> list[Trial]:
     """What is tried before any search: the seed setting, and the points of --points."""
     base, space = plan.seed_setting, plan.space
-    found = [Trial(0, SEED_SETTING, space.params_of(base), {})]
+    found = [Trial(SEED_NUMBER, SEED_SETTING, space.params_of(base), {})]
     for number, settings in enumerate(plan.points, start=1):
         config = trials.config_of(base, settings)
         found.append(Trial(number, "points", space.params_of(config), settings))

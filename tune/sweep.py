@@ -62,7 +62,7 @@ def _drive(plan: Plan, folder: Path, gpus: list[str]) -> int:
         plan = dataclasses.replace(plan, seed_setting=share_features(plan.seed_setting, needs["GPU"]))
         base = dataclasses.asdict(plan.seed_setting)
         sweep = dataclasses.replace(sweep, gpus_per_trial=needs["GPU"], base=base)
-        prepare(plan, sweep, folder, needs, concurrent)
+        plan, sweep = prepare(plan, sweep, folder, needs, concurrent)
     except UserError:
         if not plan.resumed:
             shutil.rmtree(folder)  # it holds no trial, and its name is wanted again
@@ -147,8 +147,9 @@ def share_features(base: TrainConfig, gpus_per_trial: float) -> TrainConfig:
     return override(base, {"feature_cache": "disk"})
 
 
-def prepare(plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], concurrent: int) -> None:
-    """Computes the frozen features on every node, records the split, checks the disk."""
+def prepare(plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], concurrent: int) -> tuple[Plan, Sweep]:
+    """Computes the frozen features on every node, records the split, checks the disk; settles the batch size, if auto:
+    it is one for all trials."""
     from tune import driver
 
     print(
@@ -162,14 +163,20 @@ def prepare(plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], con
             f"  {left_out} combinations of the grid are left out: --num_trials {sweep.num_trials + left_out} tries all"
         )
     rank = keeping.highest_rank(plan.seed_setting, plan.space, plan.points)
-    config = override(plan.seed_setting, {"output_dir": str(folder), "gpu": None, "include": None})
-    found = driver.prepare_nodes(config, rank, needs)
+    config = override(plan.seed_setting, {"output_dir": str(folder), "gpu": None, "include": None, "lora_rank": rank})
+    found = driver.prepare_nodes(config, needs)
     for line in dict.fromkeys(one.features for one in found):
         print(line, flush=True)
+    if plan.seed_setting.batch_size == "auto":
+        base = override(plan.seed_setting, {"batch_size": min(one.batch_size for one in found)})
+        print(f"batch_size auto: {base.batch_size} for every trial", flush=True)
+        plan = dataclasses.replace(plan, seed_setting=base)
+        sweep = dataclasses.replace(sweep, base=dataclasses.asdict(base))
     trials.write_sweep(folder, sweep)
     if not (folder / "split.json").exists():
         trials.write_json(folder / "split.json", found[0].split)
     keeping.check_disk(folder, found[0].checkpoint_bytes, concurrent)
+    return plan, sweep
 
 
 def search(phase: "driver.Phase", plan: Plan, folder: Path) -> bool:  # noqa: F821

@@ -5,6 +5,7 @@ validation in the trial's folder before anyone is told of it. A mistake that wou
 that is no number) ends the trial with its reason; anything else is raised, and Ray tries again.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,6 +26,7 @@ from tune.trials import METRIC, Sweep, Trial
 TOLD = ("epoch", "dice", "dice_best", "threshold_best", "iou", "recall", "precision", "seg_rate")
 SPLIT_FILE = "split.json"  # of the sweep: every trial has the same validation images
 CRASH_FILE = "crash.txt"
+CONTEXT_BYTES = 700 * 2**20  # CUDA context and libraries of one process, outside torch's own memory
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -66,9 +68,13 @@ def train_trial(sweep_folder: Path, number: int, report: Report) -> None:
     sweep = trials.read_sweep(sweep_folder)
     folder = trials.folder_of(sweep_folder, number)
     is_main = os.environ.get("RANK", "0") == "0"
-    trial = trials.read(folder)
+    with trials.alone(folder) if is_main else contextlib.nullcontext():
+        _train_alone(sweep_folder, sweep, folder, trials.read(folder), report, is_main)
+
+
+def _train_alone(sweep_folder: Path, sweep: Sweep, folder: Path, trial: Trial, report: Report, is_main: bool) -> None:
     try:
-        _limit_gpu_memory(sweep.gpus_per_trial)
+        limit_gpu_memory(sweep.gpus_per_trial)
         config, missing = settings_of(sweep, trial, folder)
         for row in missing if is_main else ():
             trials.append_row(folder, row)
@@ -85,7 +91,7 @@ def train_trial(sweep_folder: Path, number: int, report: Report) -> None:
         raise
     if is_main:
         trials.write_outcome(folder, "finished")
-    report(told(validations.last, number))
+    report(told(validations.last, trial.number))
 
 
 class Validations:
@@ -148,6 +154,16 @@ def told(row: dict[str, Any], number: int) -> dict[str, Any]:
     return {"epoch": row["epoch"], METRIC: row[METRIC], "number": number}
 
 
+def limit_gpu_memory(gpus_per_trial: float) -> None:
+    """Trials that share a GPU: none takes another's memory; what CUDA itself takes in each process is set aside."""
+    if 0 < gpus_per_trial < 1:
+        import torch
+
+        if torch.cuda.is_available():
+            aside = CONTEXT_BYTES / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+            torch.cuda.set_per_process_memory_fraction(max(gpus_per_trial / 2, gpus_per_trial - aside))
+
+
 def seconds_of_process() -> float:
     """Since this process was started."""
     import psutil
@@ -163,15 +179,6 @@ def _train(config: TrainConfig, split_file: Path, on_validation: Callable[[dict]
     from sft.train import train  # torch and all the rest load here
 
     train(config, on_validation, split_file)
-
-
-def _limit_gpu_memory(gpus_per_trial: float) -> None:
-    """Trials that share a GPU: none takes another's memory."""
-    if 0 < gpus_per_trial < 1:
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.set_per_process_memory_fraction(gpus_per_trial)
 
 
 def _not_noted(trial: Trial, run: Path, epoch: int) -> tuple[dict[str, Any], ...]:

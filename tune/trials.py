@@ -10,10 +10,13 @@ These files are the only memory of a sweep: the table, the report, the scheduler
 them. Knows nothing of Ray; imports nothing heavy.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +27,9 @@ from sft.settings import UserError
 FORMAT = 1
 TRIALS, SWEEP_FILE = "trials", "sweep.json"
 TRIAL_FILE, ROWS_FILE, OUTCOME_FILE = "trial.json", "validations.jsonl", "outcome.json"
+LOCK_FILE, ORPHAN_S, POLL_S = "trial.lock", 120.0, 0.5
 METRIC = "dice_so_far"  # best validation Dice up to an epoch, the base's not counted
-SEED_SETTING = "seed setting"
+SEED_SETTING, SEED_NUMBER = "seed setting", 0  # always the first trial
 Status = Literal["unfinished", "finished", "stopped", "failed"]
 
 
@@ -144,6 +148,26 @@ def best_of(trials: Sequence[Trial]) -> Trial | None:
     """The trial of highest validation Dice, repeats aside; the earliest of several."""
     measured = [trial for trial in trials if trial.rows and not trial.is_repeat]
     return max(measured, key=lambda trial: (trial.dice_so_far, -trial.number), default=None)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Makes this process the only one that runs a trial: one whose driver was killed may live a little longer.
+
+    Raises:
+        RuntimeError: another one still runs it after two minutes.
+    """
+    with (folder / LOCK_FILE).open("a") as file:
+        end = time.monotonic() + ORPHAN_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise RuntimeError(f"{folder}: another process still runs this trial") from None
+                time.sleep(POLL_S)
+        yield
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -13,7 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from sft.settings import PATH, Former, Range, UserError, add_flags, checked, docs_of, nearest, settings_of
+from sft.settings import (
+    PATH,
+    FlagParser,
+    Former,
+    Range,
+    UserError,
+    add_flags,
+    checked,
+    docs_of,
+    nearest,
+    read_mapping,
+    settings_of,
+)
 
 DEEPSPEED_CONFIGS = Path(__file__).resolve().parent.parent / "deepspeed_configs"
 EMBEDDED = "embedded"  # the model and the data that come with the package
@@ -209,21 +221,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, not YAML, a key twice, an unknown key, an illegal value; names the file.
     """
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        root, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; expected a YAML file of settings") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if root is not None and not isinstance(content, dict):
+    content = read_mapping(path, f"--config {path}", "a YAML file of settings")
+    if content is None:
         raise UserError(f"{path} holds no settings; expected lines of `key: value`, e.g. `lora_rank: 64`")
-    keys = [key.value for key, _ in root.value] if root else []
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise UserError(f"{path}: {twice} is given twice; keep one")
-    return checked(TrainConfig, content or {}, str(path))
+    return checked(TrainConfig, content, str(path))
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -297,14 +298,9 @@ def _check_contradictions(config: TrainConfig) -> None:
         raise UserError(f"group_pattern = {config.group_pattern} is no regular expression: {error}") from None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def _parser() -> _Parser:
+def _parser() -> FlagParser:
     """The command line: what is not given stays absent, so that flags can go on top of a YAML file."""
-    parser = _Parser(
+    parser = FlagParser(
         prog="train.py",
         usage="train.py [--config FILE] [--key value ...]",
         description="Fine-tune a Sa2VA checkpoint on images with masks. "

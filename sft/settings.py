@@ -17,6 +17,7 @@ import os
 import types
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 PATH = "path"  # in an annotation: a leading ~ is the home directory
@@ -123,6 +124,44 @@ class Setting:
         if self.former and value == self.former.value:
             hint = f"; {value} is no more, give {self.former.now}"
         raise UserError(f"{self.name} = {as_text(value)} is not allowed: {self.allowed}{hint}")
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A parser whose errors are the user's mistakes like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError instead of ending the process."""
+        raise UserError(message)
+
+
+def read_mapping(path: Path, named: str, expected: str) -> dict[Any, Any] | None:
+    """The keys and values of a YAML file, {} of an empty one; None if it holds something else.
+
+    Args:
+        path: the file.
+        named: what stands before an error about opening it, e.g. the flag with the path.
+        expected: what the file should be, in words.
+
+    Raises:
+        UserError: no such file, not YAML, or a key twice.
+    """
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        root, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{named}: {error.strerror}; expected {expected}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if root is None:
+        return {}
+    if not isinstance(content, dict):
+        return None
+    keys = [key.value for key, _ in root.value]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise UserError(f"{path}: {twice} is given twice; keep one")
+    return content
 
 
 @functools.cache

@@ -10,10 +10,10 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 from sft.config import EMBEDDED, TrainConfig, check_paths, override, read_yaml
-from sft.settings import PATH, Range, UserError, add_flags, as_text, checked, docs_of, nearest, settings_of
+from sft.settings import PATH, FlagParser, Range, UserError, add_flags, as_text, checked, docs_of, nearest, settings_of
 from tune import space as spaces
 from tune import trials
 
@@ -145,13 +145,8 @@ def sweep_table() -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> FlagParser:
+    parser = FlagParser(
         prog="search.py",
         usage="search.py [--config FILE] [--space FILE] [--key value ...]",
         description="Search better settings for launch/train.py: trials under Ray Tune; hopeless ones are stopped.",

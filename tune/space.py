@@ -17,7 +17,7 @@ from types import CodeType
 from typing import Any
 
 from sft.config import TrainConfig, override
-from sft.settings import Setting, UserError, as_text, nearest, settings_of
+from sft.settings import Setting, UserError, as_text, nearest, read_mapping, settings_of
 
 KINDS = ("choice", "uniform", "loguniform", "randint", "expression")
 SAME_SUM = "same_sum"  # the one key that is no parameter: weights scaled so that their sum is the seed setting's
@@ -166,29 +166,13 @@ def read(path: Path, seed_setting: TrainConfig) -> Space:
         UserError: no such file, no YAML, a key that is no setting and no part of an expression, a value that the
             setting does not allow; names the file and the key.
     """
-    content = _read_yaml(path)
+    content = read_mapping(path, f"--space {path}", "a YAML file such as tune/space.yaml")
+    if not content:
+        raise UserError(f"{path} holds no space; expected lines such as `learning_rate: {{loguniform: [1e-5, 1e-3]}}`")
     try:
         return _checked(content, seed_setting)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        root, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"--space {path}: {error.strerror}; expected a YAML file such as tune/space.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    keys = [key.value for key, _ in root.value] if isinstance(content, dict) else []
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise UserError(f"{path}: {twice} is given twice; keep one")
-    if not keys:
-        raise UserError(f"{path} holds no space; expected lines such as `learning_rate: {{loguniform: [1e-5, 1e-3]}}`")
-    return content
 
 
 def _checked(content: dict[str, Any], seed_setting: TrainConfig) -> Space:

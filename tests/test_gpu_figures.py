@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_named_and_eight_files_come_back(folder):
     assert names == {"figures.md", "figures.json", "logs.tar.gz", "others.tar.gz"}
     unknown = run_script(folder, "losses")
     assert unknown.returncode == 2 and "no part losses; there are: speed profile seed_job" in unknown.stderr
-    assert "loss:1: only shapes and sizes have choices" in run_script(folder, "loss:1").stderr
+    assert "loss:1: only shapes, sizes and sweep have choices" in run_script(folder, "loss:1").stderr
 
 
 def test_a_command_whose_time_is_up_leaves_what_it_had_measured(folder, monkeypatch):

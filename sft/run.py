@@ -134,7 +134,8 @@ def on_main(ranks: engine.Ranks, function: Callable[[], Found]) -> Found:
         except OSError as error:
             if error.errno not in checkpoint.USER_ERRNOS:
                 raise
-            failure = UserError(f"{error.filename}: {error.strerror}; give a path you may use, or free some space")
+            place = f"{error.filename}: " if error.filename else ""  # a write to a full disk names no file
+            failure = UserError(f"{place}{error.strerror}; give a path you may use, or free some space")
     found, failure = engine.gather_objects((found, failure))[0]
     if failure is not None:
         raise failure

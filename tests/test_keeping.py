@@ -108,6 +108,18 @@ def test_a_copy_that_fails_leaves_the_former_whole(folder, monkeypatch):
     assert best_of(folder) == "of trial 0" and 2 in checkpoints(folder)
 
 
+def test_on_a_full_disk_what_losers_leave_is_deleted_before_the_best_is_copied(folder, monkeypatch):
+    trials.write_outcome(trials.folder_of(folder, 2), "finished")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(OSError, match="No space"):
+        keep_best(folder, trials.read_all(folder), live=[])
+    assert checkpoints(folder) == [2]
+
+
 # Its settings
 
 

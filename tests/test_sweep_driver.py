@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -242,6 +243,37 @@ def test_when_a_trial_ends_the_search_hears_of_it_and_the_best_is_written(tmp_pa
     assert heard == [trials.read(folder)] and not (folder / "ray").exists()
     assert (tmp_path / keeping.BEST_FILE).read_text().startswith("# Trial 1 of sweep_1: validation Dice 0.7000")
     assert json.loads((folder / "outcome.json").read_text())["status"] == "stopped"
+
+
+COPY_ERROR = shutil.Error([("a/adapter", "b/adapter", "[Errno 28] No space left on device")] * 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (COPY_ERROR, "b/adapter: [Errno 28] No space left on device"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),  # a write names no file
+        (OSError(13, "Permission denied", "b/best.yaml"), "b/best.yaml: Permission denied"),
+    ],
+)
+def test_what_cannot_be_written_when_a_trial_ends_is_told_in_words(tmp_path, watch, monkeypatch, capsys, error, told):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(keeping, "keep_best", full)
+    trials.write_outcome(trials.folder_of(tmp_path, 1), "failed", "a reason")
+    watch.on_trial_complete(0, [], of_ray(1))
+    assert capsys.readouterr().out == f"warning: {told}; the results are of before trial 1\n"
+
+
+def test_a_search_that_ends_between_two_trials_has_not_ended(tmp_path, monkeypatch):
+    """Otherwise the repeats would follow, and trials that never began would be forgotten."""
+    monkeypatch.setattr(driver.tune, "Tuner", lambda *_, **__: SimpleNamespace(fit=lambda: None))
+    small.put(tmp_path, small.trial(0, [0.5]))
+    for num_trials, ended in ((1, True), (2, False)):
+        plan = small.plan(num_trials=num_trials, seeds=1)
+        phase = driver.Phase(plan, small.sweep(), tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
+        assert sweep.search(phase, plan, tmp_path) is ended
 
 
 def test_repeats_have_what_time_the_search_has_left(tmp_path, monkeypatch):

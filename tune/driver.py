@@ -191,7 +191,8 @@ class Phase:
         )
         tuner.fit()
         watch.close()
-        return all(trial.status != "unfinished" for trial in trials.read_all(self._folder))
+        to_come = suggestions is not None and suggestions.left > 0  # interrupted between one trial and the next
+        return not to_come and all(trial.status != "unfinished" for trial in trials.read_all(self._folder))
 
 
 class Queue(Searcher):
@@ -283,7 +284,7 @@ class Watch(Callback):
             keeping.write_best(self._folder, sweep, found, live)
             results.write(self._folder, sweep, found)
         except OSError as error:  # a full disk may have room again when the next trial ends
-            print(f"warning: {error.filename}: {error.strerror}; the results are of before trial {number}", flush=True)
+            print(f"warning: {_in_words(error)}; the results are of before trial {number}", flush=True)
         shutil.rmtree(trials_folder(self._folder, trial) / "ray", ignore_errors=True)
         self._show(force=True)
 
@@ -320,6 +321,14 @@ def trials_of(folder: Path) -> list[Trial]:
 def trials_folder(folder: Path, trial: Any) -> Path:
     """The folder of one of Ray's trials."""
     return trials.folder_of(folder, trial.config["number"])
+
+
+def _in_words(error: OSError) -> str:
+    """What failed and why; of a folder that could not be copied its first file."""
+    if isinstance(error, shutil.Error):
+        _, target, reason = error.args[0][0]
+        return f"{target}: {reason}"
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def _prepare(config: TrainConfig, gpus_per_trial: float) -> Any:

@@ -50,12 +50,14 @@ def keep_best(folder: Path, found: Sequence[Trial], live: Sequence[int]) -> None
         live: numbers of those that run: they may be writing.
     """
     best = best_of([trial for trial in found if trial.number not in live])
+    ended = [trial for trial in found if trial.number not in live and trial.status != "unfinished"]
+    for trial in ended:  # the losers first: on a full disk that makes the room for the copy
+        if trial is not best:
+            _delete_checkpoints(folder, trial)
     if best is not None:
         _copy_best(folder, best)
-    for trial in found:
-        if trial.number not in live and trial.status != "unfinished":
-            for directory in trials.folder_of(folder, trial.number).glob("*/checkpoint_*"):
-                shutil.rmtree(directory, ignore_errors=True)
+        if best in ended:
+            _delete_checkpoints(folder, best)
 
 
 def write_best(folder: Path, sweep: Sweep, found: Sequence[Trial], live: Sequence[int]) -> None:
@@ -102,6 +104,11 @@ def highest_rank(base: TrainConfig, space: Space, points: Sequence[dict[str, Any
     """The highest LoRA rank that a trial may have: by the space, the seed setting or a given point."""
     settings = [*points, *(space.settings(params, base) for params in probes(space))]
     return max([base.lora_rank, *(one["lora_rank"] for one in settings if "lora_rank" in one)])
+
+
+def _delete_checkpoints(folder: Path, trial: Trial) -> None:
+    for directory in trials.folder_of(folder, trial.number).glob("*/checkpoint_*"):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _copy_best(folder: Path, best: Trial) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -100,11 +101,25 @@ def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch):
         raise ConnectionError("could not\nconnect")
 
     monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(driver.socket, "create_connection", lambda *_, **__: io.BytesIO())
     monkeypatch.setattr(os, "environ", dict(os.environ))
     with pytest.raises(
         UserError, match="address head:6379: no Ray cluster answers .could not connect.; ray start --head"
     ):
         driver.start_ray("head:6379", [])
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_where_nobody_listens_ray_is_not_asked(monkeypatch, form):
+    """It would ask for minutes."""
+    with socket.socket() as holder:  # bound, so that nobody else is given the port, but it does not listen
+        holder.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("asked"))
+        monkeypatch.setattr(os, "environ", dict(os.environ))
+        with pytest.raises(UserError, match="no Ray cluster answers .*refused.*; ray start --head first"):
+            driver.start_ray(form.format(holder.getsockname()[1]), [])
+    with pytest.raises(UserError, match=f"address localhost:{10**30}: no Ray cluster answers"):
+        driver.start_ray(f"localhost:{10**30}", [])
 
 
 # The folder
@@ -141,6 +156,37 @@ def test_a_sweep_that_is_continued_is_never_deleted_nor_changed_by_a_mistake(tmp
         sweep.run(plan)
     os.close(held)
     assert (tmp_path / trials.SWEEP_FILE).read_text() == before
+
+
+@pytest.fixture
+def without_trials(monkeypatch):
+    """Up to the search, whose place `sweep.search` is, and after it."""
+    monkeypatch.setattr(driver, "start_ray", lambda *_: None)
+    monkeypatch.setattr(driver, "resources", lambda _: ({"CPU": 1, "GPU": 0.0}, 1))
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sweep, "prepare", lambda plan, record, *_: (plan, record))
+    monkeypatch.setattr(sweep, "search", lambda *_: True)
+
+
+@pytest.mark.parametrize("where", ["search", "conclude"])
+def test_a_full_disk_ends_in_one_line_that_says_how_to_go_on(tmp_path, without_trials, monkeypatch, where):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sweep, where, full)
+    plan = small.plan(storage_path=str(tmp_path), name="a")
+    with pytest.raises(UserError, match=rf"No space left on device; free some space, .* --resume {tmp_path / 'a'}$"):
+        sweep.run(plan)
+    assert (tmp_path / "a" / trials.SWEEP_FILE).exists()
+
+
+def test_any_other_failure_keeps_its_traceback(tmp_path, without_trials, monkeypatch):
+    def lost(*_):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(sweep, "search", lost)
+    with pytest.raises(FileNotFoundError):
+        sweep.run(small.plan(storage_path=str(tmp_path), name="a"))
 
 
 def test_a_folder_that_exists_or_cannot_be_made_is_told(tmp_path):

@@ -6,6 +6,7 @@ trials' folders (trials.py); Ray's own records are of one session and are not re
 
 import os
 import shutil
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from tune.suggest import Suggestions
 from tune.trial_run import CRASH_FILE, limit_gpu_memory, run_trial
 from tune.trials import METRIC, Sweep, Trial
 
+ANSWERS_S = 10.0  # a cluster's head; Ray itself would ask for minutes, and warn all the while
 RETRIES = 2  # of a trial that crashed, from its last checkpoint
 SESSION = "session"  # Ray's own files, in the sweep's folder
 ENVIRONMENT = {  # of the driver
@@ -62,8 +64,9 @@ def start_ray(address: str | None, gpus: Sequence[str]) -> None:
     options = {"runtime_env": told, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     if address:
         try:
+            _reach(address)
             ray.init(address=address, **options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, OverflowError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"address {address}: no Ray cluster answers ({reason}); ray start --head first") from None
         return
@@ -73,6 +76,13 @@ def start_ray(address: str | None, gpus: Sequence[str]) -> None:
     except Exception as error:  # Ray has no class for it
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"Ray did not start on this machine ({reason}); start again when it is less busy") from error
+
+
+def _reach(address: str) -> None:
+    """Raises OSError or OverflowError where an address names a host and a port at which nobody listens."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERS_S).close()
 
 
 def resources(sweep: SweepConfig) -> tuple[dict[str, float], int]:
@@ -284,7 +294,7 @@ class Watch(Callback):
             keeping.write_best(self._folder, sweep, found, live)
             results.write(self._folder, sweep, found)
         except OSError as error:  # a full disk may have room again when the next trial ends
-            print(f"warning: {_in_words(error)}; the results are of before trial {number}", flush=True)
+            print(f"warning: {in_words(error)}; the results are of before trial {number}", flush=True)
         shutil.rmtree(trials_folder(self._folder, trial) / "ray", ignore_errors=True)
         self._show(force=True)
 
@@ -323,7 +333,7 @@ def trials_folder(folder: Path, trial: Any) -> Path:
     return trials.folder_of(folder, trial.config["number"])
 
 
-def _in_words(error: OSError) -> str:
+def in_words(error: OSError) -> str:
     """What failed and why; of a folder that could not be copied its first file."""
     if isinstance(error, shutil.Error):
         _, target, reason = error.args[0][0]

@@ -5,6 +5,7 @@ code. Reading order is running order.
 """
 
 import dataclasses
+import errno
 import os
 import platform
 import shlex
@@ -26,6 +27,7 @@ from tune.progress import table
 from tune.trials import Sweep
 
 INTERRUPTED = 130  # exit code, as after Ctrl-C
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray")
 
 
@@ -68,11 +70,22 @@ def _drive(plan: Plan, folder: Path, gpus: list[str]) -> int:
             shutil.rmtree(folder)  # it holds no trial, and its name is wanted again
         raise
     try:
-        finished = search(driver.Phase(plan, sweep, folder, needs, concurrent), plan, folder)
+        finished = _search_and_conclude(driver.Phase(plan, sweep, folder, needs, concurrent), plan, sweep, folder)
+    except OSError as error:
+        if error.errno not in NO_ROOM and not isinstance(error, shutil.Error):
+            raise
+        text = f"{driver.in_words(error)}; free some space, then python tune/search.py {resume_flag(folder)}"
+        raise UserError(text) from error
+    return 0 if finished else INTERRUPTED
+
+
+def _search_and_conclude(phase: "driver.Phase", plan: Plan, sweep: Sweep, folder: Path) -> bool:  # noqa: F821
+    try:
+        finished = search(phase, plan, folder)
     except KeyboardInterrupt:
         finished = False
     conclude(folder, sweep, finished)
-    return 0 if finished else INTERRUPTED
+    return finished
 
 
 def claim_devices(base: TrainConfig) -> list[str]:

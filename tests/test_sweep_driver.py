@@ -26,6 +26,12 @@ from tune.trials import Trial
 # What a trial takes
 
 
+def nodes(*machines: tuple[int, int]) -> list[dict]:
+    """What Ray tells of machines with so many cores and GPUs, and of one that is gone."""
+    told = [{"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {}) for cpus, gpus in machines]
+    return [{"Alive": True, "Resources": one} for one in told] + [{"Alive": False, "Resources": {"CPU": 99.0}}]
+
+
 @pytest.mark.parametrize(
     ("cluster", "settings", "needs", "concurrent"),
     [
@@ -48,9 +54,7 @@ from tune.trials import Trial
     ],
 )
 def test_what_a_trial_takes_and_how_many_run_at_a_time(monkeypatch, cluster, settings, needs, concurrent):
-    monkeypatch.setattr(
-        ray, "cluster_resources", lambda: {"CPU": cluster[0]} | ({"GPU": cluster[1]} if cluster[1] else {})
-    )
+    monkeypatch.setattr(ray, "nodes", lambda: nodes(cluster))
     assert resources(SweepConfig(**settings)) == ({"CPU": needs[0], "GPU": needs[1]}, concurrent)
 
 
@@ -68,9 +72,34 @@ def test_what_a_trial_takes_and_how_many_run_at_a_time(monkeypatch, cluster, set
     ],
 )
 def test_what_does_not_fit_is_told(monkeypatch, cluster, settings, message):
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cluster[0], "GPU": cluster[1]})
+    monkeypatch.setattr(ray, "nodes", lambda: nodes(cluster))
     with pytest.raises(UserError, match=message):
         resources(SweepConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("machines", "settings", "needs", "concurrent"),
+    [
+        (((96, 0), (8, 4)), {}, (2, 1), 4),  # a head without GPUs: its cores are no trial's
+        (((64, 4), (8, 4)), {}, (2, 1), 8),  # what the smaller one can give
+        (((64, 4), (8, 4)), {"cpus_per_trial": 4}, (4, 1), 6),
+        (((16, 1), (16, 1)), {"gpus_per_trial": 2}, (32, 2), 1),  # ranks may lie on two machines
+        (((3, 0), (3, 0)), {"cpus_per_trial": 2}, (2, 0), 2),
+        (((2, 0), (2, 0)), {"ranks_per_trial": 4}, (4, 0), 1),
+    ],
+)
+def test_a_trial_lies_on_one_machine_of_several_and_its_ranks_on_any(
+    monkeypatch, machines, settings, needs, concurrent
+):
+    monkeypatch.setattr(ray, "nodes", lambda: nodes(*machines))
+    assert resources(SweepConfig(**settings)) == ({"CPU": needs[0], "GPU": needs[1]}, concurrent)
+
+
+def test_a_trial_for_which_no_machine_has_the_cores_is_told(monkeypatch):
+    """Ray would wait for such a machine forever."""
+    monkeypatch.setattr(ray, "nodes", lambda: nodes((2, 0), (2, 0)))
+    with pytest.raises(UserError, match="a trial of 1 ranks takes 3 cores, but there are 2"):
+        resources(SweepConfig(cpus_per_trial=3))
 
 
 def test_trials_inherit_neither_rank_nor_port_of_the_driver(monkeypatch):

@@ -91,21 +91,28 @@ def resources(sweep: SweepConfig) -> tuple[dict[str, float], int]:
     Raises:
         UserError: the cluster has less than one trial needs.
     """
-    total = ray.cluster_resources()
-    cpus, gpus = total.get("CPU", 0), total.get("GPU", 0)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(node.get("GPU", 0) for node in nodes)
     per_trial = sweep.gpus_per_trial if gpus else 0.0
     ranks = sweep.ranks(per_trial)
     if per_trial > gpus:
         raise UserError(f"gpus_per_trial = {per_trial:g}, but there are {gpus:g} GPUs; give at most {gpus:g}")
     if gpus and ranks > max(1, per_trial):
         raise UserError(f"ranks_per_trial = {ranks} needs a GPU for each rank: give --gpus_per_trial {ranks}")
+    # A rank lies whole on a node; the cores of a node without GPUs are no help to a trial that has one.
+    hosts = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes if not gpus or node.get("GPU", 0) >= 1]
+    if ranks > 1:  # they may lie on several
+        hosts = [tuple(map(sum, zip(*hosts, strict=True)))]
     # Trials that share a GPU: as many as lie whole on each.
-    room = int(gpus // per_trial) if per_trial >= 1 else int(gpus) * int(1 / per_trial) if per_trial else None
-    cores = max(ranks, sweep.cpus_per_trial or (int(cpus // room) if room else 0))  # a rank has one at the least
-    room = min(int(cpus // cores), room) if room else int(cpus // cores)
+    rooms = [int(own // per_trial) if per_trial >= 1 else int(own) * int(1 / per_trial) for _, own in hosts if gpus]
+    share = min((int(cpus // room) for (cpus, _), room in zip(hosts, rooms, strict=False)), default=0)
+    cores = max(ranks, sweep.cpus_per_trial or share)  # a rank has one at the least
+    fits = [int(cpus // cores) for cpus, _ in hosts]
+    room = sum(map(min, fits, rooms) if gpus else fits)
     if room < 1:
+        most = max((cpus for cpus, _ in hosts), default=0)
         raise UserError(
-            f"a trial of {ranks} ranks takes {cores} cores, but there are {cpus:g}; give fewer --cpus_per_trial or "
+            f"a trial of {ranks} ranks takes {cores} cores, but there are {most:g}; give fewer --cpus_per_trial or "
             "--ranks_per_trial"
         )
     return {"CPU": cores, "GPU": per_trial}, min(room, sweep.max_concurrent or room)

@@ -177,6 +177,15 @@ def test_an_output_dir_that_cannot_be_written_is_one_clear_error(tmp_path):
         RunLog(tmp_path / "file", tmp_path / "file" / "run", PLAIN)
 
 
+def test_a_full_disk_at_the_beginning_names_the_folder(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")  # a write names no file
+
+    monkeypatch.setattr(RunLog, "_rewrite", full)
+    with pytest.raises(UserError, match=f"cannot write {tmp_path / 'run'}: No space left"):
+        RunLog(tmp_path, tmp_path / "run", TrainConfig(tensorboard=False))
+
+
 def test_tensorboard_events_hold_every_number_and_survive_a_resume(tmp_path):
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with RunLog(tmp_path, tmp_path / "run", TrainConfig()) as log:

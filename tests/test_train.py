@@ -947,6 +947,18 @@ def test_a_full_disk_ends_the_run_with_one_line(inputs, tmp_path, monkeypatch):
     assert train(settings(inputs, tmp_path, resume="auto")).directory == only_run(tmp_path)
 
 
+def test_a_full_disk_that_names_no_file_is_told_without_one(monkeypatch):
+    """A write gives none, only an open does."""
+    monkeypatch.setattr(engine, "gather_objects", lambda own: [own])
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError) as error:
+        runs.on_main(SimpleNamespace(is_main=True), full)
+    assert str(error.value) == "No space left on device; give a path you may use, or free some space"
+
+
 def test_a_slow_write_holds_up_no_step(inputs, tmp_path, monkeypatch):
     """The first checkpoint stays unwritten until the second epoch is trained; everything is written in its order."""
     trained, to_disk, train_epoch, seen = threading.Event(), checkpoint._to_disk, loop.train_epoch, []

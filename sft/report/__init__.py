@@ -63,7 +63,7 @@ class RunLog:
             self._rewrite()
         except OSError as error:
             raise UserError(
-                f"cannot write {error.filename}: {error.strerror}; give an --output_dir you may write to"
+                f"cannot write {error.filename or run_dir}: {error.strerror}; give an --output_dir you may write to"
             ) from error
         self._events = _tensorboard(run_dir, resume_step) if config.tensorboard else None
 

@@ -244,6 +244,20 @@ def test_the_record_of_a_sweep_holds_what_a_later_session_needs(tmp_path):
     assert sweep.record(grid, tmp_path / "g").num_trials == 1 + 6
 
 
+def test_the_first_look_asks_for_the_room_of_one_trial_at_the_highest_rank(tmp_path, monkeypatch):
+    """With keep all it would refuse a disk that lacks room for a checkpoint per epoch, which no trial writes."""
+    asked = []
+
+    def look(config, needs):
+        asked.append((config.keep, config.lora_rank, config.output_dir))
+        return [SimpleNamespace(features="none", batch_size=1, split={}, checkpoint_bytes=1)]
+
+    monkeypatch.setattr(driver, "prepare_nodes", look)
+    plan = small.plan(base=TrainConfig(lora_rank=8))
+    sweep.prepare(plan, small.sweep(), tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
+    assert asked == [("latest", 32, str(tmp_path))]
+
+
 def test_trials_read_features_from_the_disk_they_share():
     for given, gpus, wanted in (
         ("auto", 0.0, "disk"),

@@ -176,7 +176,8 @@ def prepare(plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], con
             f"  {left_out} combinations of the grid are left out: --num_trials {sweep.num_trials + left_out} tries all"
         )
     rank = keeping.highest_rank(plan.seed_setting, plan.space, plan.points)
-    config = override(plan.seed_setting, {"output_dir": str(folder), "gpu": None, "include": None, "lora_rank": rank})
+    place = {"output_dir": str(folder), "gpu": None, "include": None, "keep": "latest"}  # as its trials have it
+    config = override(plan.seed_setting, place | {"lora_rank": rank})
     found = driver.prepare_nodes(config, needs)
     for line in dict.fromkeys(one.features for one in found):
         print(line, flush=True)

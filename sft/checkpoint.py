@@ -41,6 +41,7 @@ from sft.engine import (
     trainable_state,
     training_tensors,
 )
+from sft.settings import DiskError
 from sft.writer import Writer
 
 FORMAT = 1
@@ -238,7 +239,7 @@ def _write_or_explain(
         message = f"{type(error).__name__}: {error}"
         text = f"{directory}: the checkpoint could not be written ({message}); an earlier one is intact"
         if _errno(error) in USER_ERRNOS:
-            raise UserError(f"{text}; free some space or set another output_dir, then resume") from error
+            raise DiskError(f"{text}; free some space or set another output_dir, then resume") from error
         raise RuntimeError(text) from error
 
 

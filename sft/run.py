@@ -28,6 +28,7 @@ from sft.model import lora, published
 from sft.report import NullLog, RunLog
 from sft.report.page import write_html
 from sft.report.pictures import ComparisonRow, comparison_picture
+from sft.settings import DiskError
 from sft.writer import Writer
 
 PICTURED = 4  # validation images in the comparison picture
@@ -110,7 +111,7 @@ def prepared(config: TrainConfig, scratch: Path | None = None, split_file: Path 
         if isinstance(error, torch.OutOfMemoryError):
             told = UserError(_out_of_memory(error, config, ranks, size, features))
         elif isinstance(error, OSError) and error.errno in checkpoint.USER_ERRNOS:
-            told = UserError(f"{error.filename or output_dir}: {error.strerror}; free some space, then resume")
+            told = DiskError(f"{error.filename or output_dir}: {error.strerror}; free some space, then resume")
         _note_end(run, output_dir, told)
         if told is error:
             raise
@@ -135,7 +136,7 @@ def on_main(ranks: engine.Ranks, function: Callable[[], Found]) -> Found:
             if error.errno not in checkpoint.USER_ERRNOS:
                 raise
             place = f"{error.filename}: " if error.filename else ""  # a write to a full disk names no file
-            failure = UserError(f"{place}{error.strerror}; give a path you may use, or free some space")
+            failure = DiskError(f"{place}{error.strerror}; give a path you may use, or free some space")
     found, failure = engine.gather_objects((found, failure))[0]
     if failure is not None:
         raise failure

@@ -27,6 +27,10 @@ class UserError(ValueError):
     """A user's mistake in one line: what was given, what is allowed, what to do next."""
 
 
+class DiskError(UserError):
+    """A place has no room or may not be written: what was refused goes through once that is mended."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Range:
     """Legal values of a number; an infinite or undefined number is never legal."""

@@ -395,3 +395,11 @@ def test_a_sweep_whose_trials_have_all_ended_starts_nothing(tmp_path):
     assert sweep.search(phase, plan, tmp_path)
     small.put(tmp_path, Trial(2, "trial 1, seed 43", {}, {"seed": 43}, status="finished"))
     assert sweep.search(phase, plan, tmp_path)
+
+
+def test_a_trial_that_lacked_room_on_a_disk_goes_on_later(tmp_path, watch, capsys):
+    folder = trials.folder_of(tmp_path, 1)
+    (folder / CRASH_FILE).write_text("Traceback\nsft.settings.DiskError: checkpoint_latest: No space left; free some\n")
+    watch.on_trial_error(0, [], of_ray(1))
+    assert trials.read(folder).status == "unfinished"
+    assert "warning: trial 1 has not ended: checkpoint_latest: No space left; free some" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import torch
 
 from sft import checkpoint, losses
 from sft.feature_store.place import free_gpu_bytes
-from sft.settings import UserError
+from sft.settings import DiskError, UserError
 from sft.train import prepare
 from tune import trial_run, trials
 from tune.trial_run import CRASH_FILE, SPLIT_FILE, run_trial, train_trial
@@ -320,3 +320,17 @@ def test_a_trial_waits_for_one_whose_driver_was_killed_and_gives_up_in_the_end(t
         assert len(waited) == 2
     with trials.alone(folder):
         pass
+
+
+def test_a_trial_without_room_for_its_checkpoint_has_not_failed(sweep, tmp_path, monkeypatch):
+    def full(*_):
+        raise DiskError("checkpoint_latest: the checkpoint could not be written (No space left); free some space")
+
+    monkeypatch.setattr(trial_run, "_train", full)
+    trials.write_sweep(tmp_path, small.sweep())
+    ray = begin(tmp_path, 0)
+    with pytest.raises(DiskError):
+        train_trial(tmp_path, 0, ray)
+    folder = trials.folder_of(tmp_path, 0)
+    assert trials.read(folder).status == "unfinished"
+    assert "DiskError: checkpoint_latest" in (folder / trial_run.CRASH_FILE).read_text()

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sft.config import TrainConfig
 from sft.ranks import rank_environ
-from sft.settings import UserError
+from sft.settings import DiskError, UserError
 from tune import keeping, results, trials
 from tune.options import ROOT, Plan, SweepConfig
 from tune.progress import LiveTable
@@ -309,12 +309,19 @@ class Watch(Callback):
         self._shown.show(trials_of(self._folder), list(self._running.values()), force)
 
     def _note_crash(self, folder: Path, held_s: float) -> None:
+        """Notes how a trial failed; one that only lacked room on a disk stays unfinished, to go on later."""
         if (folder / trials.OUTCOME_FILE).exists():
             return
         crash = folder / CRASH_FILE
         lines = crash.read_text(encoding="utf-8", errors="replace").split("\n") if crash.exists() else []
         last = next((line for line in reversed(lines) if line.strip()), "its process died")
-        trials.write_outcome(folder, "failed", f"crashed {RETRIES + 1} times: {last}", held_s)
+        try:
+            if DiskError.__name__ not in last:
+                trials.write_outcome(folder, "failed", f"crashed {RETRIES + 1} times: {last}", held_s)
+                return
+        except OSError as error:
+            last = in_words(error)
+        print(f"warning: trial {int(folder.name)} has not ended: {last.partition(': ')[2]}", flush=True)
 
 
 class Silent(TrialProgressCallback):

@@ -38,6 +38,8 @@ def lock(folder: Path) -> int:
     except BlockingIOError:
         os.close(descriptor)
         raise UserError(f"{folder}: another process is running this sweep; wait for it, or end it") from None
+    except OSError as error:
+        print(f"warning: {folder}: no locks there ({error.strerror}); start it once at a time", flush=True)
     return descriptor
 
 

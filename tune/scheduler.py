@@ -54,7 +54,9 @@ class NotedAsha(ASHAScheduler):
             return TrialScheduler.CONTINUE  # it has ended by itself; or all others are held against its whole course
         if decision == TrialScheduler.STOP:
             reason = f"at epoch {result[EPOCH]} not among the best 1/{self._reduction_factor:g} with Dice "
-            trials.write_outcome(
-                trials.folder_of(self._folder, result["number"]), "stopped", f"{reason}{result[METRIC]:.4f}"
-            )
+            try:
+                folder = trials.folder_of(self._folder, result["number"])
+                trials.write_outcome(folder, "stopped", f"{reason}{result[METRIC]:.4f}")
+            except OSError as error:  # it goes on in a later session, past this rung
+                print(f"warning: {error.filename}: {error.strerror}; trial {result['number']} was stopped", flush=True)
         return decision

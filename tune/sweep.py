@@ -65,7 +65,7 @@ def _drive(plan: Plan, folder: Path, gpus: list[str]) -> int:
         base = dataclasses.asdict(plan.seed_setting)
         sweep = dataclasses.replace(sweep, gpus_per_trial=needs["GPU"], base=base)
         plan, sweep = prepare(plan, sweep, folder, needs, concurrent)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         if not plan.resumed:
             shutil.rmtree(folder)  # it holds no trial, and its name is wanted again
         raise

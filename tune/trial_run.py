@@ -19,7 +19,7 @@ from ray import train as ray_train
 from ray import tune
 
 from sft.config import TrainConfig, override
-from sft.settings import UserError
+from sft.settings import DiskError, UserError
 from tune import trials
 from tune.trials import METRIC, Sweep, Trial
 
@@ -68,7 +68,12 @@ def train_trial(sweep_folder: Path, number: int, report: Report) -> None:
     sweep = trials.read_sweep(sweep_folder)
     folder = trials.folder_of(sweep_folder, number)
     is_main = os.environ.get("RANK", "0") == "0"
-    with trials.alone(folder) if is_main else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(trials.alone(folder) if is_main else contextlib.nullcontext())
+        except RuntimeError:
+            _note_crash(folder)
+            raise
         _train_alone(sweep_folder, sweep, folder, trials.read(folder), report, is_main)
 
 
@@ -82,12 +87,14 @@ def _train_alone(sweep_folder: Path, sweep: Sweep, folder: Path, trial: Trial, r
         if validations.last is None or validations.last["epoch"] < sweep.num_epochs:
             _train(config, sweep_folder / SPLIT_FILE, validations)
     except UserError as error:
+        if isinstance(error, DiskError):  # the same trial may go on once there is room
+            _note_crash(folder)
+            raise
         if is_main:
             trials.write_outcome(folder, "failed", str(error), trial.device_s + seconds_of_process())
         return
     except Exception:
-        with (folder / CRASH_FILE).open("a", encoding="utf-8") as file:
-            file.write(traceback.format_exc())
+        _note_crash(folder)
         raise
     if is_main:
         trials.write_outcome(folder, "finished")
@@ -152,6 +159,12 @@ def settings_of(sweep: Sweep, trial: Trial, folder: Path) -> tuple[TrainConfig, 
 def told(row: dict[str, Any], number: int) -> dict[str, Any]:
     """What Ray is told of a validation."""
     return {"epoch": row["epoch"], METRIC: row[METRIC], "number": number}
+
+
+def _note_crash(folder: Path) -> None:
+    """Keeps the traceback for a person; on a full disk there may be no room for it, either."""
+    with contextlib.suppress(OSError), (folder / CRASH_FILE).open("a", encoding="utf-8") as file:
+        file.write(traceback.format_exc())
 
 
 def limit_gpu_memory(gpus_per_trial: float) -> None:

@@ -167,6 +167,8 @@ def alone(folder: Path) -> Iterator[None]:
                 if time.monotonic() > end:
                     raise RuntimeError(f"{folder}: another process still runs this trial") from None
                 time.sleep(POLL_S)
+            except OSError:  # a file system without locks: `keeping.lock` has said so
+                break
         yield
 
 

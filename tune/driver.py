@@ -4,6 +4,7 @@ Takes a `Plan` and the sweep's folder; starts trials and notes how they end. All
 trials' folders (trials.py); Ray's own records are of one session and are not read again.
 """
 
+import contextlib
 import os
 import shutil
 import socket
@@ -206,7 +207,8 @@ class Phase:
                 verbose=0,
             ),
         )
-        tuner.fit()
+        with contextlib.suppress(EOFError):  # a full disk cut off Ray's record of an error; the folders tell it all
+            tuner.fit()
         watch.close()
         to_come = suggestions is not None and suggestions.left > 0  # interrupted between one trial and the next
         return not to_come and all(trial.status != "unfinished" for trial in trials.read_all(self._folder))

@@ -202,7 +202,7 @@ def test_points_are_those_of_the_beginning(begun):
     gone = dataclasses.asdict(SweepConfig(points=("gone.yaml",)))
     trials.write_sweep(begun, small.sweep(options=gone, points=[{"lora_rank": 16, "train_modules": ["mask_decoder"]}]))
     (point,) = parse(["--resume", str(begun)]).points
-    assert trials.config_of(TrainConfig(), point).train_modules == ("mask_decoder",)
+    assert override(TrainConfig(), point).train_modules == ("mask_decoder",)
 
 
 @pytest.mark.parametrize(

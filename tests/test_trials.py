@@ -6,7 +6,7 @@ import os
 import pytest
 import small_sweeps as small
 
-from sft.config import TrainConfig
+from sft.config import TrainConfig, override
 from sft.settings import UserError
 from tune import trials
 from tune.trials import OUTCOME_FILE, ROWS_FILE, SEED_SETTING, TRIAL_FILE, Trial, best_of
@@ -35,7 +35,7 @@ def test_a_trial_is_read_as_it_was_written(tmp_path, folder):
     found = trials.read(folder)
     assert (found.epoch, found.dice_so_far, found.device_s) == (2, 0.6, 20.0)
     assert (found.status, found.reason) == ("stopped", "at epoch 2 not among the best")
-    assert trials.config_of(TrainConfig(), found.settings).train_modules == ("mask_decoder",)
+    assert override(TrainConfig(), found.settings).train_modules == ("mask_decoder",)
 
 
 def test_what_is_there_is_not_written_again(tmp_path, folder):
@@ -131,7 +131,7 @@ def test_the_best_is_the_earliest_of_the_highest_and_no_repeat():
 def test_settings_that_contradict_each_other_are_told():
     settings = {"lora_scope": ["mask_decoder"], "train_modules": ["mask_decoder"]}
     with pytest.raises(UserError, match="lora_scope and train_modules both name mask_decoder"):
-        trials.config_of(TrainConfig(), settings)
+        override(TrainConfig(), settings)
 
 
 def test_a_sweep_is_read_as_it_was_written(tmp_path):

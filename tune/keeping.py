@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sft.config import TrainConfig, to_yaml
+from sft.config import TrainConfig, override, to_yaml
 from sft.settings import UserError
 from tune import trials
 from tune.space import Space, probes
@@ -78,7 +78,7 @@ def write_best(folder: Path, sweep: Sweep, found: Sequence[Trial], live: Sequenc
     settings = best.settings | {"feature_cache": "auto", "gpu": None, "include": None}
     text = f"# Trial {best.number} of {sweep.name}: validation Dice {best.dice_so_far:.4f}, {best.epoch} epochs\n"
     partial = folder / f"{BEST_FILE}.partial"
-    partial.write_text(text + to_yaml(trials.config_of(base, settings)), encoding="utf-8")
+    partial.write_text(text + to_yaml(override(base, settings)), encoding="utf-8")
     os.replace(partial, folder / BEST_FILE)
 
 

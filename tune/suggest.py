@@ -13,9 +13,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from sft.config import TrainConfig
+from sft.config import TrainConfig, override
 from sft.settings import UserError
-from tune import trials
 from tune.options import Plan
 from tune.space import Axis, Space
 from tune.trials import SEED_NUMBER, SEED_SETTING, Trial
@@ -133,7 +132,7 @@ def _given(plan: Plan) -> list[Trial]:
     base, space = plan.seed_setting, plan.space
     found = [Trial(SEED_NUMBER, SEED_SETTING, space.params_of(base), {})]
     for number, settings in enumerate(plan.points, start=1):
-        config = trials.config_of(base, settings)
+        config = override(base, settings)
         found.append(Trial(number, "points", space.params_of(config), settings))
     return found
 

@@ -187,8 +187,8 @@ def prepare(plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], con
         plan = dataclasses.replace(plan, seed_setting=base)
         sweep = dataclasses.replace(sweep, base=dataclasses.asdict(base))
     trials.write_sweep(folder, sweep)
-    if not (folder / "split.json").exists():
-        trials.write_json(folder / "split.json", found[0].split)
+    if not (folder / trials.SPLIT_FILE).exists():
+        trials.write_json(folder / trials.SPLIT_FILE, found[0].split)
     keeping.check_disk(folder, found[0].checkpoint_bytes, concurrent)
     return plan, sweep
 
@@ -213,7 +213,7 @@ def conclude(folder: Path, sweep: Sweep, finished: bool) -> None:
     results.write(folder, sweep, found)
     keeping.write_best(folder, sweep, found, [])
     print(f"\n{table(found, ())}\n\n{results.verdict(sweep, found)}")
-    names = (keeping.BEST_FILE, keeping.BEST, "trials.csv", "report.html")
+    names = (keeping.BEST_FILE, keeping.BEST, results.CSV_FILE, results.HTML_FILE)
     for path in (folder / name for name in names):
         if path.exists():
             print(f"  {path}")

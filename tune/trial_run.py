@@ -21,10 +21,9 @@ from ray import tune
 from sft.config import TrainConfig, override
 from sft.settings import DiskError, UserError
 from tune import trials
-from tune.trials import METRIC, Sweep, Trial
+from tune.trials import METRIC, SPLIT_FILE, Sweep, Trial
 
 TOLD = ("epoch", "dice", "dice_best", "threshold_best", "iou", "recall", "precision", "seg_rate")
-SPLIT_FILE = "split.json"  # of the sweep: every trial has the same validation images
 CRASH_FILE = "crash.txt"
 CONTEXT_BYTES = 700 * 2**20  # CUDA context and libraries of one process, outside torch's own memory
 
@@ -126,9 +125,8 @@ class Validations:
             self._start_s = seconds_of_process()
         if row["epoch"] == 0:
             return
-        self._best = row["dice"] if self._best is None else max(self._best, row["dice"])
-        noted = {name: row[name] for name in TOLD if name in row} | {METRIC: self._best}
-        noted |= {"device_s": self._before_s + seconds_of_process(), "start_s": self._start_s, "time": time.time()}
+        noted = _noted(row, self._best, self._before_s + seconds_of_process()) | {"start_s": self._start_s}
+        self._best = noted[METRIC]
         self.last = noted
         if self._is_main:
             trials.append_row(self._folder, noted)
@@ -147,7 +145,7 @@ def settings_of(sweep: Sweep, trial: Trial, folder: Path) -> tuple[TrainConfig, 
     """
     from sft import checkpoint
 
-    config = trials.config_of(TrainConfig(**sweep.base), trial.settings)
+    config = override(TrainConfig(**sweep.base), trial.settings)
     place = {"output_dir": str(folder), "save_every": sweep.base["validate_every"], "resume": None, "keep": "latest"}
     runs, missing = sorted(folder.glob(checkpoint.RUN_PATTERN)), ()
     if runs and (found := checkpoint.newest(runs[-1])) is not None:
@@ -199,7 +197,13 @@ def _not_noted(trial: Trial, run: Path, epoch: int) -> tuple[dict[str, Any], ...
     best, found = trial.dice_so_far, []
     for row in json.loads((run / "training_log.json").read_text(encoding="utf-8")):
         if row["kind"] == "val" and trial.epoch < row["epoch"] <= epoch:
-            best = row["dice"] if best is None else max(best, row["dice"])
-            noted = {name: row[name] for name in TOLD if name in row}
-            found.append(noted | {METRIC: best, "device_s": trial.device_s, "time": time.time()})
+            found.append(_noted(row, best, trial.device_s))
+            best = found[-1][METRIC]
     return tuple(found)
+
+
+def _noted(row: dict[str, Any], best: float | None, device_s: float) -> dict[str, Any]:
+    """A validation of `train` as the trial's folder holds it; `best` is the Dice of those before."""
+    best = row["dice"] if best is None else max(best, row["dice"])
+    told = {name: row[name] for name in TOLD if name in row}
+    return told | {METRIC: best, "device_s": device_s, "time": time.time()}

@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sft.config import TrainConfig, override
 from sft.settings import UserError
 
 FORMAT = 1
 TRIALS, SWEEP_FILE = "trials", "sweep.json"
+SPLIT_FILE = "split.json"  # of the sweep: every trial has the same validation images
 TRIAL_FILE, ROWS_FILE, OUTCOME_FILE = "trial.json", "validations.jsonl", "outcome.json"
 LOCK_FILE, ORPHAN_S, POLL_S = "trial.lock", 120.0, 0.5
 METRIC = "dice_so_far"  # best validation Dice up to an epoch, the base's not counted
@@ -133,15 +133,6 @@ def write_outcome(folder: Path, status: Status, reason: str = "", device_s: floa
     """
     told = {"status": status, "reason": " ".join(reason.split())} | ({"device_s": device_s} if device_s else {})
     write_json(folder / OUTCOME_FILE, told)
-
-
-def config_of(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
-    """The TrainConfig of a trial, in the folder of nobody yet.
-
-    Raises:
-        UserError: the settings contradict each other.
-    """
-    return override(base, settings)
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:

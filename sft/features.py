@@ -11,7 +11,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sft import engine, feature_fill, feature_store
+from sft import engine, feature_fill, feature_store, prefetch
 from sft.config import TrainConfig, UserError
 from sft.data import Pair, read_image_of, read_mask
 from sft.encoders import SAM2_PARTS, Encoders, Loaded, vision_of
@@ -58,6 +58,13 @@ class Batch:
     vision: VisionFeatures
     sam2: Sam2Features | Tensor  # features, or input images (B, 3, H, W) where SAM2's encoder trains
     masks: tuple[Tensor, ...]  # B times bool (H, W), each at its native size
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them."""
+        prompt, sam2 = self.prompt, self.sam2
+        parts = [prompt.input_ids_BL, prompt.seg_position_B, prompt.labels_BL, prompt.position_ids_3BL, *self.vision]
+        parts += [sam2] if isinstance(sam2, Tensor) else [sam2.level0_BCHW, sam2.level1_BCHW, sam2.embedding_BDHW]
+        return (part for part in (*parts, *self.masks) if part is not None)
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ class Features:
         self.gpu_bytes = 0  # of GPU memory that kept features take
         self.longest_prompt_tokens = 0  # over all batches so far, image and answer included
         self._readers = ThreadPoolExecutor(max(1, config.num_workers), thread_name_prefix="read")
+        self._assembly = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def choose(self, items: Sequence[Item], ranks: engine.Ranks, reserve_bytes: int, *, dry: bool = False) -> Place:
         """Decides where features are kept, the same on every rank, and opens that place. Collective.
@@ -177,17 +185,9 @@ class Features:
         return text + self._rest()
 
     def batches(self, plan: Sequence[Sequence[Item]]) -> Iterator[Batch]:
-        """Yields one Batch per entry of the plan, in its order; what the next ones need is read meanwhile."""
-        off = isinstance(self._store, NoStore)
-        coming: deque[dict[Item, Future[_Prepared]]] = deque()
-        with contextlib.closing(_nothing(plan) if off else self._kept(plan)) as kept:
-            for position, (items, entries) in enumerate(zip(plan, kept, strict=True)):
-                for later in plan[position + len(coming) : position + 1 + READ_AHEAD_BATCHES]:
-                    coming.append({one: self._readers.submit(self._prepare, one, off) for one in dict.fromkeys(later)})
-                prepared = {item: future.result() for item, future in coming.popleft().items()}
-                found = dict(zip(items, entries, strict=True))
-                self._complete(found, prepared)
-                yield self._collate(tuple(items), prepared, [found[item] for item in items])
+        """Yields one Batch per entry of the plan, in its order; on a GPU the next is put together meanwhile."""
+        encodes = isinstance(self._store, NoStore)  # with the model that trains: not beside it
+        return prefetch.prefetched(self._batches(plan), None if encodes else self._assembly)
 
     def rejected(self) -> list[str]:
         """Lines on entries that were damaged and computed again, since the last call."""
@@ -210,6 +210,19 @@ class Features:
         """Writes what is waiting and stops the threads."""
         self._readers.shutdown(cancel_futures=True)
         self._store.close()
+
+    def _batches(self, plan: Sequence[Sequence[Item]]) -> Generator[Batch]:
+        """The batches of a plan; what the next ones need is read meanwhile."""
+        off = isinstance(self._store, NoStore)
+        coming: deque[dict[Item, Future[_Prepared]]] = deque()
+        with contextlib.closing(_nothing(plan) if off else self._kept(plan)) as kept:
+            for position, (items, entries) in enumerate(zip(plan, kept, strict=True)):
+                for later in plan[position + len(coming) : position + 1 + READ_AHEAD_BATCHES]:
+                    coming.append({one: self._readers.submit(self._prepare, one, off) for one in dict.fromkeys(later)})
+                prepared = {item: future.result() for item, future in coming.popleft().items()}
+                found = dict(zip(items, entries, strict=True))
+                self._complete(found, prepared)
+                yield self._collate(tuple(items), prepared, [found[item] for item in items])
 
     def _identify_all(self, items: Sequence[Item], ranks: engine.Ranks) -> None:
         """Each rank looks at its share of the files, all know what was found."""

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("launch", "tune")
 # A room uses rooms of the layers before its own, never of its own or of later ones.
 LAYERS = (
-    ("settings", "metrics", "schedule", "stopwatch", "loss_kernels"),
+    ("settings", "metrics", "prefetch", "schedule", "stopwatch", "loss_kernels"),
     ("config", "ranks"),
     ("devices", "feature_store", "finite", "flat", "gloo", "losses", "synthetic", "zero_json"),
     ("data", "engine", "memory", "model", "report"),
@@ -40,7 +40,7 @@ OWNERS = {
     "tokenizers": ("sft/model/",),
     "sentencepiece": ("sft/model/internlm2_tokenizer.py",),
     "accelerate": ("sft/model/",),
-    "triton": ("sft/loss_kernels.py",),
+    "triton": ("sft/loss_kernels.py", "sft/model/dropout_kernel.py"),
     "tqdm": ("sft/report/",),
     "tensorboard": ("sft/report/",),
     "matplotlib": ("tune/pictures.py",),

@@ -16,7 +16,7 @@ from sft import checkpoint, data, engine, metrics, provenance
 from sft.config import TrainConfig
 from sft.features import Batch, Features, Item
 from sft.model import published
-from sft.model.sa2va import Output, upsample
+from sft.model.sa2va import Output, Prompt, VisionFeatures, upsample
 from sft.run import Run
 
 MAX_ANSWER_TOKENS = 16  # "Sure, [SEG]." has five: an answer that has not come to [SEG] by then will not
@@ -74,15 +74,22 @@ def seg_rate(run: Run) -> float:
 
     Every rank decodes all of them: it is little work, and no rank waits in a collective alone.
     """
-    val, preprocess = run.data.val, run.loaded.preprocess
+    val, preprocess, most = run.data.val, run.loaded.preprocess, run.config.val_batch_size
     count = min(run.config.seg_rate_samples, len(val))
     chosen = [val[index * len(val) // count] for index in range(count)]
-    arrived = 0
+    seg_in_answer = len(preprocess.forced_ids) - 1
+    of_length: dict[int, list[tuple[Prompt, VisionFeatures]]] = {}  # decoded together: padding has no place in between
     for batch in run.features.batches([[Item(pair)] for pair in chosen]):
-        seg_in_answer = len(preprocess.forced_ids) - 1
-        question = batch.prompt.first(int(batch.prompt.seg_position_B) - seg_in_answer)
-        answer = run.loaded.model.generate(question, batch.vision, preprocess.stop_token_ids, MAX_ANSWER_TOKENS)
-        arrived += int((answer == preprocess.seg_token_id).any())
+        length = int(batch.prompt.seg_position_B) - seg_in_answer
+        of_length.setdefault(length, []).append((batch.prompt.first(length), batch.vision))
+    together = [asked[start : start + most] for asked in of_length.values() for start in range(0, len(asked), most)]
+    stops = [*preprocess.stop_token_ids, preprocess.seg_token_id]  # what follows [SEG] changes nothing
+    arrived = 0
+    for asked in together:
+        questions, visions = zip(*asked, strict=True)
+        question, vision = Prompt.join(questions), VisionFeatures.join(visions)
+        answers_BL = run.loaded.model.generate(question, vision, stops, MAX_ANSWER_TOKENS)
+        arrived += int((answers_BL == preprocess.seg_token_id).any(-1).sum())
     return arrived / count
 
 

@@ -727,16 +727,24 @@ def test_seg_rate_decodes_after_the_question_alone(inputs, tmp_path, monkeypatch
     seg, answer = loaded.preprocess.seg_token_id, loaded.preprocess.answer_ids()
 
     def generate(self, question, vision, stop_token_ids, max_tokens):
-        asked.append((question.input_ids_BL, len(vision.tokens_MC), max_tokens))
-        return torch.tensor([[answer[0], seg if len(asked) % 2 else answer[1]]])
+        before = sum(len(ids) for ids, *_ in asked)
+        asked.append((question.input_ids_BL, len(vision.tokens_MC), stop_token_ids, max_tokens))
+        arrives = (before + torch.arange(len(question.input_ids_BL))) % 2 == 0
+        return torch.stack(
+            [torch.full_like(arrives, answer[0], dtype=torch.long), torch.where(arrives, seg, answer[1])], 1
+        )
 
     monkeypatch.setattr(Sa2VAInternVL, "generate", generate)
-    result = train(settings(inputs, tmp_path, val_list=None, val_fraction=0.7, seg_rate_samples=8, num_epochs=1))
+    chosen = {"val_list": None, "val_fraction": 0.7, "seg_rate_samples": 8, "val_batch_size": 2, "num_epochs": 1}
+    result = train(settings(inputs, tmp_path, **chosen))
     assert values(result, "val", "seg_rate") == [0.5, 0.5]
-    assert len(asked) == 2 * len(json.loads((result.directory / "split.json").read_text())["val"]) == 8
-    for ids, tokens, most in asked:
-        question = loaded.preprocess.question_ids(settings(inputs, "out").question, (1, 1, tokens))
-        assert ids.tolist() == [question] and most == validation.MAX_ANSWER_TOKENS
+    count = len(json.loads((result.directory / "split.json").read_text())["val"])
+    assert sum(len(ids) for ids, *_ in asked) == 2 * count == 8
+    assert {len(ids) for ids, *_ in asked} == {1, 2}, "questions of one length together, at most two"
+    for ids, tokens, stops, most in asked:
+        question = loaded.preprocess.question_ids(settings(inputs, "out").question, (1, 1, tokens // len(ids)))
+        assert ids.tolist() == [question] * len(ids) and most == validation.MAX_ANSWER_TOKENS
+        assert stops == [*loaded.preprocess.stop_token_ids, seg], "nothing is decoded after [SEG]"
 
 
 def test_a_falling_seg_rate_is_warned_about(inputs, tmp_path, monkeypatch):

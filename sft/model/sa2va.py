@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Sam2Model
 
+from sft.model import hiera
 from sft.model.decoder import Decoder
 
 Layout = tuple[int, int, int]
@@ -95,6 +96,16 @@ class Prompt:
             parts = tuple(part if part is None or part.is_cuda else part.pin_memory() for part in parts)
         return Prompt(*(None if part is None else part.to(device, non_blocking=True) for part in parts))
 
+    @staticmethod
+    def join(prompts: Sequence["Prompt"]) -> "Prompt":
+        """The rows of prompts of one length one after another, without labels."""
+        positions = [prompt.position_ids_3BL for prompt in prompts]
+        return Prompt(
+            torch.cat([prompt.input_ids_BL for prompt in prompts]),
+            torch.cat([prompt.seg_position_B for prompt in prompts]),
+            position_ids_3BL=None if positions[0] is None else torch.cat(positions, dim=1),
+        )
+
     def first(self, length: int) -> "Prompt":
         """The first tokens of every row, for instance the question without its answer."""
         positions = None if self.position_ids_3BL is None else self.position_ids_3BL[:, :, :length]
@@ -151,6 +162,7 @@ class Sa2VA(nn.Module):
     def _build_mask_part(self, language_width: int, sam2_config) -> None:
         self.grounding_encoder = nn.Module()
         self.grounding_encoder.sam2_model = Sam2Model(sam2_config)
+        hiera.lighten(self.sam2.vision_encoder)
         self.text_hidden_fcs = nn.Sequential(
             nn.Linear(language_width, language_width),
             nn.ReLU(inplace=True),

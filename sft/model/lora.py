@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sft.config import TrainConfig, UserError
-from sft.model import internlm2, key_map, phi3, published
+from sft.model import dropout, internlm2, key_map, phi3, published
 from sft.model.sa2va import Sa2VA
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -47,6 +47,7 @@ def wrap(model: Sa2VA, config: TrainConfig) -> PeftModel:
     )
     torch.manual_seed(config.seed)  # lora_A is drawn here: the same on every rank and in every run of this seed
     peft_model = get_peft_model(model, lora_config)
+    dropout.replace_in(peft_model)
     # peft empties it for a plain module; a path, since peft looks for a bare name on the Hub.
     peft_model.peft_config["default"].base_model_name_or_path = str(published.resolve(config.model_path))
     return peft_model

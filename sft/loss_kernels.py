@@ -46,8 +46,8 @@ def combo(logits_Bhw: Tensor, masks_BHW: Tensor, weights: Weights) -> dict[str, 
     Returns:
         fp32 scalars: "dice", "focal", "bce" for the log, without a gradient, and "total", which has one.
     """
-    dice, focal, bce, total = _Combo.apply(logits_Bhw, masks_BHW, weights)
-    return {"dice": dice, "focal": focal, "bce": bce, "total": total}
+    terms_3, total = _Combo.apply(logits_Bhw, masks_BHW, weights)
+    return dict(zip(("dice", "focal", "bce"), terms_3.unbind(), strict=True)) | {"total": total}
 
 
 class _Combo(torch.autograd.Function):
@@ -61,43 +61,45 @@ class _Combo(torch.autograd.Function):
         (images, height, width), (grid_h, grid_w) = masks_BHW.shape, logits_Bhw.shape[1:]
         pixels = height * width
         blocks = triton.cdiv(pixels, PIXELS)
-        partial_SBK = torch.empty(SUMS, images, blocks, dtype=torch.float32, device=logits_Bhw.device)
+        # Two slopes per image, then the sums, (SUMS, images, blocks): one allocation, which takes as long as a kernel.
+        figures = torch.empty(2 * images + SUMS * images * blocks, dtype=torch.float32, device=logits_Bhw.device)
         _sums_kernel[(blocks, images)](
-            logits_Bhw, masks_BHW, partial_SBK, images * blocks, pixels, width,
+            logits_Bhw, masks_BHW, figures, images * blocks, pixels, width,
             grid_h, grid_w, grid_h / height, grid_w / width, weights.alpha, weights.gamma,
             RESIZED=(grid_h, grid_w) != (height, width), PIXELS=PIXELS,
         )  # fmt: skip
-        slopes_B2 = partial_SBK.new_empty(images, 2)
-        terms = [partial_SBK.new_empty(()) for _ in range(4)]
+        terms_3, total = figures.new_empty(3), figures.new_empty(())
         rows = triton.next_power_of_2(images)
         _terms_kernel[(1,)](
-            partial_SBK, slopes_B2, *terms, images, blocks, images * blocks, pixels,
+            figures, terms_3, total, images, blocks, images * blocks, pixels,
             weights.smooth, weights.dice, weights.focal, weights.bce,
             IMAGES=rows, CHUNK=max(2048 // rows, 1), num_warps=8,
         )  # fmt: skip
-        ctx.save_for_backward(logits_Bhw, masks_BHW, slopes_B2)
+        ctx.save_for_backward(logits_Bhw, masks_BHW, figures)
         ctx.weights = weights
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*terms[:3])
-        return tuple(terms)
+        ctx.mark_non_differentiable(terms_3)
+        return terms_3, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
-        if gradients[3] is None:
+        if gradients[1] is None:
             return None, None, None
-        logits_Bhw, masks_BHW, slopes_B2 = ctx.saved_tensors
+        logits_Bhw, masks_BHW, figures = ctx.saved_tensors
         gradient_Bhw = torch.empty_like(logits_Bhw)
         (images, height, width), (grid_h, grid_w) = masks_BHW.shape, logits_Bhw.shape[1:]
         pixels, weights = height * width, ctx.weights
-        tensors = (logits_Bhw, masks_BHW, slopes_B2, gradients[3], gradient_Bhw)
+        inputs = (logits_Bhw, masks_BHW, figures, gradients[1])
         settings = (weights.focal / (images * pixels), weights.bce / (images * pixels), weights.alpha, weights.gamma)
         if (grid_h, grid_w) == (height, width):
-            _gradient_kernel[(triton.cdiv(pixels, PIXELS), images)](*tensors, pixels, *settings, PIXELS=PIXELS)
+            _gradient_kernel[(triton.cdiv(pixels, PIXELS), images)](
+                *inputs, gradient_Bhw, pixels, *settings, PIXELS=PIXELS
+            )
         else:
-            gathered_BhW = slopes_B2.new_empty(images, grid_h, width)
+            gathered_BhW = figures.new_empty(images, grid_h, width)
             _gather_rows_kernel[(triton.cdiv(width, COLUMNS), triton.cdiv(grid_h, ROWS), images)](
-                *tensors[:4], gathered_BhW, height, width, grid_h, grid_w, grid_h / height, grid_w / width, *settings,
+                *inputs, gathered_BhW, height, width, grid_h, grid_w, grid_h / height, grid_w / width, *settings,
                 ROWS=ROWS, COLUMNS=COLUMNS,
             )  # fmt: skip
             _gather_columns_kernel[(triton.cdiv(gradient_Bhw.numel(), LOGITS),)](
@@ -109,7 +111,7 @@ class _Combo(torch.autograd.Function):
 
 @triton.jit
 def _sums_kernel(
-    logits, masks, partial, stride, pixels, width, grid_h, grid_w, scale_y, scale_x, alpha, gamma,
+    logits, masks, figures, stride, pixels, width, grid_h, grid_w, scale_y, scale_x, alpha, gamma,
     RESIZED: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     block, blocks, image = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
@@ -125,7 +127,7 @@ def _sums_kernel(
     right_p, wrong_p, cost, modulation = _pixel(logit, vessel, gamma)
     probability = tl.where(inside, tl.where(vessel, right_p, wrong_p), 0.0)
     focal = tl.where(vessel, alpha, 1.0 - alpha) * modulation * cost
-    place = partial + image * blocks + block
+    place = figures + 2 * tl.num_programs(1) + image * blocks + block
     tl.store(place, tl.sum(tl.where(vessel, probability, 0.0)))
     tl.store(place + stride, tl.sum(probability))
     tl.store(place + 2 * stride, tl.sum(tl.where(vessel, 1.0, 0.0)))
@@ -135,12 +137,13 @@ def _sums_kernel(
 
 @triton.jit
 def _terms_kernel(
-    partial, slopes, dice_out, focal_out, bce_out, total_out, images, blocks, stride, pixels,
+    figures, terms_out, total_out, images, blocks, stride, pixels,
     smooth, dice_weight, focal_weight, bce_weight, IMAGES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     # One program: the mean over images needs all of them, and there are few sums left.
     row = tl.arange(0, IMAGES)
     real = row < images
+    partial = figures + 2 * images
     overlap = _row_sums(partial, images, blocks, IMAGES, CHUNK)
     predicted = _row_sums(partial + stride, images, blocks, IMAGES, CHUNK)
     vessels = _row_sums(partial + 2 * stride, images, blocks, IMAGES, CHUNK)
@@ -151,11 +154,11 @@ def _terms_kernel(
     dice = tl.sum(tl.where(real, 1.0 - score, 0.0)) / images
     # What one more probability costs: on the background it enlarges the sizes, on a vessel the overlap too.
     on_background = dice_weight * score / sizes / images
-    tl.store(slopes + 2 * row, on_background - 2.0 * dice_weight / sizes / images, mask=real)
-    tl.store(slopes + 2 * row + 1, on_background, mask=real)
-    tl.store(dice_out, dice)
-    tl.store(focal_out, focal)
-    tl.store(bce_out, bce)
+    tl.store(figures + 2 * row, on_background - 2.0 * dice_weight / sizes / images, mask=real)
+    tl.store(figures + 2 * row + 1, on_background, mask=real)
+    tl.store(terms_out, dice)
+    tl.store(terms_out + 1, focal)
+    tl.store(terms_out + 2, bce)
     tl.store(total_out, dice_weight * dice + focal_weight * focal + bce_weight * bce)
 
 

@@ -2,8 +2,8 @@
 
 Usage: python tests/gpu_losses.py OUT [--batches 8x1024,8x512] [--calls 200] [--blocks] [--without_compile]
 Twice per batch: logits at the masks' size (the loss alone), and logits on a 256 x 256 grid (interpolation and loss).
-Prints a table and writes OUT/losses.json, batch by batch: milliseconds, median of the calls after a quarter as many to
-warm up; peak memory above the inputs; largest difference of the total and of the gradient from the formulas in fp64.
+Prints a table and writes OUT/losses.json, batch by batch: milliseconds, median of the calls of all rounds but the
+first; peak memory above the inputs; largest difference of the total and of the gradient from the formulas in fp64.
 --blocks also tries other block sizes of the kernels; torch.compile takes most of the script's two or three minutes.
 Without a GPU there are no kernels: the script then shows that it runs, with --batches 2x64 --calls 4 in a second.
 """
@@ -28,7 +28,7 @@ from sft.model.sa2va import upsample  # noqa: E402
 CONFIG = TrainConfig()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCHES = "8x1024,1x512,8x512,32x512"
-GRID_PX = 256
+GRID_PX, ROUNDS = 256, 5
 TARGET, AT_MOST_MS, AT_LEAST_TIMES_EAGER = "8x1024x1024", 0.35, 4
 BLOCKS = {"PIXELS": (512, 1024, 2048, 4096), "ROWS": (2, 4, 8, 16), "COLUMNS": (128, 256, 512), "LOGITS": (128, 256)}
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -48,24 +48,39 @@ def gradient_of(loss: Loss, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tens
     return total.detach(), torch.autograd.grad(total, logits)[0]
 
 
-def milliseconds(loss: Loss, logits: Tensor, masks: Tensor, calls: int) -> dict[str, float]:
-    """Median of one call between two events, and of the device's own time when calls queue behind each other."""
-    for _ in range(-(-calls // 4)):
-        gradient_of(loss, logits, masks)
-    single = []
-    for _ in range(calls):
-        wait()
-        start = mark()
-        gradient_of(loss, logits, masks)
-        single.append(milliseconds_since(start))
-    queued = -(-calls // 4)
+def milliseconds(candidates: dict[str, Loss], logits: Tensor, masks: Tensor, calls: int) -> dict[str, dict[str, float]]:
+    """Median of one call between two events, and of the device's own time when calls queue behind each other.
+
+    All take turns in rounds: what else the machine does meanwhile meets each of them.
+    """
+    single: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(1 + ROUNDS):
+        for name, loss in candidates.items():
+            times = [alone(loss, logits, masks) for _ in range(-(-calls // ROUNDS))]
+            single[name] += times if number else []  # the first round warms up
+    return {
+        name: {"ms": statistics.median(times), "device_ms": queued(candidates[name], logits, masks, -(-calls // 4))}
+        for name, times in single.items()
+    }
+
+
+def alone(loss: Loss, logits: Tensor, masks: Tensor) -> float:
+    """One call, from an idle device to an idle device."""
+    wait()
+    start = mark()
+    gradient_of(loss, logits, masks)
+    return milliseconds_since(start)
+
+
+def queued(loss: Loss, logits: Tensor, masks: Tensor, calls: int) -> float:
+    """One call of many behind each other."""
     if DEVICE.type == "cuda":
         # The device sleeps while the calls are issued: what follows is its own time, without the launches'.
         torch.cuda._sleep(200_000_000)
     start = mark()
-    for _ in range(queued):
+    for _ in range(calls):
         gradient_of(loss, logits, masks)
-    return {"ms": statistics.median(single), "device_ms": milliseconds_since(start) / queued}
+    return milliseconds_since(start) / calls
 
 
 def wait() -> None:
@@ -121,10 +136,12 @@ def measure(batch: int, side: int, grid: int, candidates: dict[str, Loss], calls
             "gradient_error": ((gradient - exact).abs().max() / exact.abs().max()).item(),
         }
         del total, gradient
-        row |= milliseconds(loss, logits, masks, calls) | {"peak_mib": peak_mib(loss, logits, masks)}
-        rows.append(row)
+        rows.append(row | {"peak_mib": peak_mib(loss, logits, masks)})
+    times = milliseconds(candidates, logits, masks, calls)
+    for row in rows:
+        row |= times[row["loss"]]
         print(
-            f"{row['batch']:>12} from {grid:4} {name:8} {row['ms']:8.3f} ms, device {row['device_ms']:7.3f} ms, "
+            f"{row['batch']:>12} from {grid:4} {row['loss']:8} {row['ms']:8.3f} ms, device {row['device_ms']:7.3f} ms, "
             f"x{rows[0]['ms'] / row['ms']:5.1f}, {row['peak_mib']:7.1f} MiB, "
             f"error {row['total_error']:.0e} / {row['gradient_error']:.0e}, first {row['first_s']:.1f} s",
             flush=True,
@@ -144,8 +161,7 @@ def try_blocks(calls: int) -> list[dict]:
             row = {"setting": name, "value": value, "usual": value == usual}
             for batch, side in ((8, 1024), (8, 512)):
                 for grid in (side, GRID_PX):
-                    found = milliseconds(kernels, *inputs(batch, side, grid), calls)
-                    row[f"{batch}x{side} from {grid}"] = found["device_ms"]
+                    row[f"{batch}x{side} from {grid}"] = queued(kernels, *inputs(batch, side, grid), calls)
             rows.append(row)
             print(row, flush=True)
         setattr(loss_kernels, name, usual)

@@ -89,7 +89,8 @@ def test_a_compiled_run_with_graphs_is_the_eager_one_on_a_gpu(config, tmp_path, 
 
 def test_features_kept_in_bf16_are_those_of_every_step_within_rounding(config, tmp_path, monkeypatch):
     """Encoded in other company, as on a GPU: each loss within one rounding of bf16, Dice within 5e-3."""
-    monkeypatch.setitem(encoders.SIZES, "cpu", Sizes(images=4, sam2_images=3, vision_tokens=64))
+    for device in encoders.SIZES:
+        monkeypatch.setitem(encoders.SIZES, device, Sizes(images=4, sam2_images=3, vision_tokens=64))
     together, encode = set(), Encoders.encode
 
     def noted(self, loaded):

@@ -180,7 +180,7 @@ def initialize(
         nn.functional.linear = _LINEAR
         vectors = vectors_of(model, param_groups, dtype, ranks.device)
         param_groups = [group | {"params": [v.parameter]} for group, v in zip(param_groups, vectors, strict=True)]
-        held = Vectors(vectors)
+        held = Vectors(vectors, scaled=config.gradient_accumulation_steps > 1)
         _move(model, dtype, ranks.device)
     optimizer = torch.optim.AdamW(param_groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)

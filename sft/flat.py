@@ -47,10 +47,14 @@ class Layout:
                 pieces.append(like.new_zeros(place.start - end))
             if part is None:
                 pieces.append(like.new_zeros(place.shape.numel()))
+            elif part.dtype == like.dtype and part.device == like.device:  # a gradient: there are hundreds in a step
+                pieces.append(part.reshape(-1))
             else:
-                pieces.append(part.detach().to(like).flatten())
+                pieces.append(part.to(like).reshape(-1))
             end = place.stop
-        return torch.cat([*pieces, like.new_zeros(self.size - end)])
+        if self.size > end:
+            pieces.append(like.new_zeros(self.size - end))
+        return torch.cat(pieces).detach()
 
 
 def layout(shapes: dict[str, torch.Size], *, aligned: int = ALIGNED) -> Layout:
@@ -94,22 +98,30 @@ class _Handover(torch.autograd.Function):
     """A scalar 0 whose gradient with respect to each vector is the one already computed."""
 
     @staticmethod
-    def forward(context, gradients: tuple[Tensor, ...], *vectors: Tensor) -> Tensor:
-        context.gradients = gradients
+    def forward(context, gradients: tuple[Tensor, ...], scaled: bool, *vectors: Tensor) -> Tensor:
+        context.gradients, context.scaled = gradients, scaled
         return torch.zeros((), dtype=torch.float32, device=vectors[0].device)
 
     @staticmethod
     def backward(context, scale: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(gradient * scale.to(gradient.dtype) for gradient in context.gradients)
+        if not context.scaled:
+            return None, None, *context.gradients
+        return None, None, *(gradient * scale.to(gradient.dtype) for gradient in context.gradients)
 
 
 class Vectors(nn.Module):
-    """All vectors of a run as a module, the one that DeepSpeed holds."""
+    """All vectors of a run as a module, the one that DeepSpeed holds.
 
-    def __init__(self, vectors: list[Vector]):
+    Args:
+        vectors: one per group.
+        scaled: whether the scalar's own gradient is another than 1: where micro-batches are averaged.
+    """
+
+    def __init__(self, vectors: list[Vector], scaled: bool):
         super().__init__()
+        self._scaled = scaled
         self.vectors = nn.ParameterList(vector.parameter for vector in vectors)
 
     def forward(self, gradients: tuple[Tensor, ...]) -> Tensor:
         """A scalar; its backward pass gives each vector its gradient from the tuple, times the scalar's own."""
-        return _Handover.apply(gradients, *self.vectors)
+        return _Handover.apply(gradients, self._scaled, *self.vectors)

@@ -13,7 +13,11 @@ import torch
 
 
 class Stopwatch:
-    """Sums the seconds of named parts. "data" is always the time the loop itself waits for a batch."""
+    """Sums the seconds of named parts.
+
+    On a GPU a part is what lies between its two events in the queue. So waiting for a batch counts where the device
+    stands still for it; a loop that is ahead of its device may wait and lose nothing.
+    """
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
@@ -26,22 +30,18 @@ class Stopwatch:
         """Times what happens inside."""
         started = self._mark()
         yield
-        ended = self._mark()
-        if self._on_gpu:
-            self._events.append((name, started, ended))
-        else:
-            self._seconds[name] += ended - started
+        self._add(name, started)
 
     def timed(self, name: str, iterable: Iterable) -> Iterator:
-        """Passes items on and times, by the clock, the waiting for each."""
+        """Passes items on and times the waiting for each."""
         iterator = iter(iterable)
         while True:
-            started_s = time.perf_counter()
+            started = self._mark()
             try:
                 item = next(iterator)
             except StopIteration:
                 return
-            self._seconds[name] += time.perf_counter() - started_s
+            self._add(name, started)
             yield item
 
     def seconds(self) -> dict[str, float]:
@@ -56,6 +56,13 @@ class Stopwatch:
     def elapsed_s(self) -> float:
         """Seconds since this watch was made."""
         return time.perf_counter() - self._started_s
+
+    def _add(self, name: str, started) -> None:
+        ended = self._mark()
+        if self._on_gpu:
+            self._events.append((name, started, ended))
+        else:
+            self._seconds[name] += ended - started
 
     def _mark(self):
         if not self._on_gpu:

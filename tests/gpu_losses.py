@@ -2,8 +2,8 @@
 
 Usage: python tests/gpu_losses.py OUT [--batches 8x1024,8x512] [--calls 200] [--blocks] [--without_compile]
 Twice per batch: logits at the masks' size (the loss alone), and logits on a 256 x 256 grid (interpolation and loss).
-Prints a table and writes OUT/losses.json, batch by batch: milliseconds, median of the calls of all rounds but the
-first; peak memory above the inputs; largest difference of the total and of the gradient from the formulas in fp64.
+Prints a table and writes OUT/losses.json, batch by batch: three times of a call (see `milliseconds`); peak memory above
+the inputs; largest difference of the total and of the gradient from the formulas in fp64.
 --blocks also tries other block sizes of the kernels; torch.compile takes most of the script's two or three minutes.
 Without a GPU there are no kernels: the script then shows that it runs, with --batches 2x64 --calls 4 in a second.
 """
@@ -49,38 +49,53 @@ def gradient_of(loss: Loss, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tens
 
 
 def milliseconds(candidates: dict[str, Loss], logits: Tensor, masks: Tensor, calls: int) -> dict[str, dict[str, float]]:
-    """Median of one call between two events, and of the device's own time when calls queue behind each other.
+    """Three times of a call, each the median of the rounds.
 
-    All take turns in rounds: what else the machine does meanwhile meets each of them.
+    ms: calls follow each other as fast as they are issued; device_ms: what of it the device works; alone_ms: a single
+    call, from an idle device to an idle device. All candidates take turns: what else the machine does meanwhile
+    meets each of them.
     """
-    single: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(1 + ROUNDS):
-        for name, loss in candidates.items():
-            times = [alone(loss, logits, masks) for _ in range(-(-calls // ROUNDS))]
-            single[name] += times if number else []  # the first round warms up
+    ways = {"ms": issued, "device_ms": queued, "alone_ms": alone}
+    rounds = [
+        {(name, way): time_of(loss, logits, masks, -(-calls // ROUNDS)) for way, time_of in ways.items()}
+        for _ in range(1 + ROUNDS)  # the first one warms up
+        for name, loss in candidates.items()
+    ]
     return {
-        name: {"ms": statistics.median(times), "device_ms": queued(candidates[name], logits, masks, -(-calls // 4))}
-        for name, times in single.items()
+        name: {way: statistics.median([one[name, way] for one in rounds if (name, way) in one][1:]) for way in ways}
+        for name in candidates
     }
 
 
-def alone(loss: Loss, logits: Tensor, masks: Tensor) -> float:
-    """One call, from an idle device to an idle device."""
+def issued(loss: Loss, logits: Tensor, masks: Tensor, calls: int) -> float:
+    """One call of many that are issued without waiting."""
     wait()
     start = mark()
-    gradient_of(loss, logits, masks)
-    return milliseconds_since(start)
+    for _ in range(calls):
+        gradient_of(loss, logits, masks)
+    return milliseconds_since(start) / calls
 
 
 def queued(loss: Loss, logits: Tensor, masks: Tensor, calls: int) -> float:
-    """One call of many behind each other."""
+    """The same where the device sleeps while the calls are issued: its own time, without the launches'."""
+    wait()
     if DEVICE.type == "cuda":
-        # The device sleeps while the calls are issued: what follows is its own time, without the launches'.
         torch.cuda._sleep(200_000_000)
     start = mark()
     for _ in range(calls):
         gradient_of(loss, logits, masks)
     return milliseconds_since(start) / calls
+
+
+def alone(loss: Loss, logits: Tensor, masks: Tensor, calls: int) -> float:
+    """One call, from an idle device to an idle device."""
+    times = []
+    for _ in range(calls):
+        wait()
+        start = mark()
+        gradient_of(loss, logits, masks)
+        times.append(milliseconds_since(start))
+    return statistics.median(times)
 
 
 def wait() -> None:
@@ -141,7 +156,8 @@ def measure(batch: int, side: int, grid: int, candidates: dict[str, Loss], calls
     for row in rows:
         row |= times[row["loss"]]
         print(
-            f"{row['batch']:>12} from {grid:4} {row['loss']:8} {row['ms']:8.3f} ms, device {row['device_ms']:7.3f} ms, "
+            f"{row['batch']:>12} from {grid:4} {row['loss']:8} {row['ms']:7.3f} ms, device {row['device_ms']:6.3f} ms, "
+            f"alone {row['alone_ms']:6.3f} ms, "
             f"x{rows[0]['ms'] / row['ms']:5.1f}, {row['peak_mib']:7.1f} MiB, "
             f"error {row['total_error']:.0e} / {row['gradient_error']:.0e}, first {row['first_s']:.1f} s",
             flush=True,

@@ -1,5 +1,6 @@
 """Trainable parameters as one vector: every number in its place, there and back."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -44,15 +45,16 @@ def test_linked_leaves_follow_their_vector():
         assert torch.equal(leaf, before[name] + 1)
 
 
-def test_gradients_of_leaves_reach_the_vector_scaled():
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_gradients_of_leaves_reach_the_vector_scaled(micro_batches):
     """What autograd found is the vector's gradient, times the accumulation's factor; an unused leaf counts as zero."""
     named = leaves()
     vector = Vector(named, torch.float32, torch.device("cpu"))
     vector.link()
     (named["a"].square().sum() + 3 * named["c"]).backward()
     expected = {"a": 2 * named["a"].detach(), "b": torch.zeros(7), "c": torch.tensor(3.0)}
-    held = Vectors([vector])
-    (held((vector.take_gradients(),)) / 4).backward()
+    held = Vectors([vector], scaled=micro_batches > 1)
+    (held((vector.take_gradients(),)) / micro_batches).backward()
     assert all(leaf.grad is None for leaf in named.values())
     for name, part in vector.layout.cut(vector.parameter.grad).items():
-        torch.testing.assert_close(part, expected[name] / 4)
+        torch.testing.assert_close(part, expected[name] / micro_batches)

@@ -40,7 +40,7 @@ OWNERS = {
     "tokenizers": ("sft/model/",),
     "sentencepiece": ("sft/model/internlm2_tokenizer.py",),
     "accelerate": ("sft/model/",),
-    "triton": ("sft/loss_kernels.py", "sft/model/dropout_kernel.py"),
+    "triton": ("sft/loss_kernels.py", "sft/model/dropout_kernel.py", "sft/model/hiera_kernels.py"),
     "tqdm": ("sft/report/",),
     "tensorboard": ("sft/report/",),
     "matplotlib": ("tune/pictures.py",),

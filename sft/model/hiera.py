@@ -2,7 +2,8 @@
 
 Takes a transformers Hiera, whose modules, names and weights stay; gives the same numbers. In transformers 5.17 to 5.23
 each attention first computes weights between the heads of a token, in fp32, that nothing reads, and each block copies
-its input once more, to pad it by nothing.
+its input once more, to pad it by nothing. On a GPU without gradients, layer norms are one kernel each with what stands
+around them (hiera_kernels.py), and the numbers the same within rounding.
 
 Shapes: B images, H x W tokens, W' windows of all images, N tokens of a window, C width.
 """
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleAttention, Sam2MultiScaleBlock
+
+if torch.cuda.is_available():
+    from sft.model import hiera_kernels
 
 
 class _Attention(Sam2MultiScaleAttention):
@@ -38,11 +42,18 @@ class _Block(Sam2MultiScaleBlock):
         side, sizes = self.window_size, hidden_states.shape[1:3]
         if side and any(size % side for size in sizes):
             return super().forward(hidden_states, **kwargs)
+        if hidden_states.is_cuda and self.dim == self.dim_out and not torch.is_grad_enabled():
+            return self._by_kernels(hidden_states)
         normed = self.layer_norm1(hidden_states)
         shortcut = hidden_states if self.dim == self.dim_out else _pooled(self.proj(normed), self.query_stride)
         attended = self.attn(_split(normed, side) if side else normed)
         hidden_states = shortcut + (_joined(attended, shortcut.shape) if side else attended)
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+    def _by_kernels(self, hidden_states: Tensor) -> Tensor:
+        attended = self.attn(hiera_kernels.normed(hidden_states, self.layer_norm1, self.window_size))
+        hidden_states, normed = hiera_kernels.added(hidden_states, attended, self.layer_norm2, self.window_size)
+        return hidden_states + self.mlp(normed)
 
 
 def lighten(encoder: nn.Module) -> None:

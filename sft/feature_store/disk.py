@@ -26,7 +26,7 @@ from sft.settings import UserError
 ENDING, PARTIAL, ABOUT = ".safetensors", ".partial", "about.json"
 LEGAL_NAME = re.compile(r"[A-Za-z0-9_-]{1,120}")
 LEFT_OVER_AFTER_S = 3600
-WRITERS, WRITES_AHEAD = 2, 16
+WRITERS, WRITES_AHEAD = 4, 16
 BY_USER = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 README = """\
 This folder is a cache of sa2va-sft. It holds what the frozen encoders of a model compute from images, so that it is

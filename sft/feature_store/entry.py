@@ -76,11 +76,19 @@ def parts_of(entry: Entry) -> tuple[Part, ...]:
 
 
 def pack(entry: Entry, into: Tensor | None = None) -> Packed:
-    """Copies an entry into one piece: `into` (uint8, of its size, on any device), or new host memory."""
+    """Copies an entry into one piece: `into` (uint8, of its size, on any device), or new host memory.
+
+    What comes from a GPU goes into pinned memory there, ten times as fast; torch keeps such blocks and uses them again.
+    In host memory the copy is complete on return, on a GPU in the order of its stream.
+    """
     parts = parts_of(entry)
-    data = torch.empty(parts[-1].stop, dtype=torch.uint8) if into is None else into
+    from_gpu = any(tensor.is_cuda for tensor in entry.values())
+    data = torch.empty(parts[-1].stop, dtype=torch.uint8, pin_memory=from_gpu) if into is None else into
     for part in parts:
-        data[part.start : part.stop].view(part.dtype).view(part.shape).copy_(entry[part.name].detach())
+        place = data[part.start : part.stop].view(part.dtype).view(part.shape)
+        place.copy_(entry[part.name].detach(), non_blocking=True)
+    if from_gpu and not data.is_cuda:
+        torch.cuda.current_stream(next(tensor.device for tensor in entry.values() if tensor.is_cuda)).synchronize()
     return Packed(parts, data)
 
 

@@ -127,6 +127,23 @@ def test_the_seed_settings_parameters_are_told_where_something_tells_them():
     assert not found.holds(found.params_of(BASE))  # rank 64 is none of the choices
 
 
+def test_the_combinations_that_come_to_a_config():
+    rank, ratio = Axis("lora_rank", "choice", (32, 64)), Axis("ratio", "choice", (0.1, 1, 2))
+    found = Space((rank, ratio), {"lora_alpha": "ratio * lora_rank", "weight_decay": "0.003 * ratio"})
+    for config, wanted in (
+        (TrainConfig(lora_rank=64, lora_alpha=128, weight_decay=0.006), [{"lora_rank": 64, "ratio": 2}]),
+        (TrainConfig(lora_rank=32, lora_alpha=3, weight_decay=0.0003), [{"lora_rank": 32, "ratio": 0.1}]),
+        (TrainConfig(lora_rank=64, lora_alpha=64, weight_decay=0.006), []),
+        (TrainConfig(lora_rank=16, lora_alpha=32, weight_decay=0.006), []),
+    ):
+        assert list(found.combinations_of(config, BASE)) == wanted
+    assert 0.003 * 0.1 != 0.0003  # nor need a computed number be the written one
+    weights = ("dice_weight", "bce_weight")
+    scaled = Space(tuple(Axis(name, "choice", (0.5, 1.0, 2.0)) for name in weights), {}, weights)
+    same = [{"dice_weight": 1.0, "bce_weight": 0.5}, {"dice_weight": 2.0, "bce_weight": 1.0}]
+    assert list(scaled.combinations_of(BASE, BASE)) == same  # 1 and 0.5 once the sum is brought to 1.5
+
+
 def test_a_seed_setting_that_an_expression_cannot_take_tells_no_parameter():
     found = Space(
         (Axis("batch_size", "choice", (1, 2)), Axis("rate", "choice", (1e-4, 1e-3))),

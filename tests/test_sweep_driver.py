@@ -20,6 +20,7 @@ from tune import driver, keeping, results, suggest, sweep, trials
 from tune.driver import Queue, Watch, resources
 from tune.options import SweepConfig
 from tune.progress import LiveTable
+from tune.space import Axis, Space
 from tune.trial_run import CRASH_FILE
 from tune.trials import Trial
 
@@ -256,6 +257,34 @@ def test_the_first_look_asks_for_the_room_of_one_trial_at_the_highest_rank(tmp_p
     plan = small.plan(base=TrainConfig(lora_rank=8))
     sweep.prepare(plan, small.sweep(), tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
     assert asked == [("latest", 32, str(tmp_path))]
+
+
+@pytest.fixture
+def no_features(monkeypatch):
+    """In place of the first look on every node; a batch of 4 fits."""
+    found = SimpleNamespace(features="none", batch_size=4, split={}, checkpoint_bytes=1)
+    monkeypatch.setattr(driver, "prepare_nodes", lambda *_: [found])
+
+
+@pytest.mark.parametrize(("rank", "told"), [(16, "1 combinations of the grid are tried as seed setting"), (64, "")])
+def test_that_a_grid_does_not_try_the_seed_setting_again_is_told(tmp_path, no_features, capsys, rank, told):
+    plan = small.plan(small.GRID, search="grid", base=TrainConfig(lora_rank=rank, lora_dropout=0.1))
+    record = sweep.record(plan, tmp_path)
+    assert record.num_trials == (6 if told else 7)
+    sweep.prepare(plan, record, tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{record.num_trials} trials") and shown.count("combinations") == bool(told)
+    assert told in shown
+
+
+def test_a_grid_is_counted_anew_where_the_batch_size_is_settled(tmp_path, no_features):
+    space = Space((Axis("batch_size", "choice", (2, 4, 8)),), {})
+    plan = small.plan(space, search="grid", base=TrainConfig(batch_size="auto"))
+    record = sweep.record(plan, tmp_path)
+    assert record.num_trials == 1 + 3
+    plan, record = sweep.prepare(plan, record, tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
+    assert (plan.seed_setting.batch_size, record.num_trials, trials.read_sweep(tmp_path).num_trials) == (4, 3, 3)
+    assert len(list(iter(suggest.Suggestions(plan, ()).next, None))) == 3
 
 
 def test_trials_read_features_from_the_disk_they_share():

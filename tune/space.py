@@ -131,6 +131,24 @@ class Space:
                 known |= {axis.name: fits[0]} if fits else {}
         return {axis.name: known[axis.name] for axis in self.axes if axis.name in known}
 
+    def combinations_of(self, config: TrainConfig, seed_setting: TrainConfig) -> Iterator[Values]:
+        """The combinations of a grid whose trial would have this config: none, one, or several that come to the same.
+
+        Args:
+            config: the seed setting, or it with some settings of the space.
+            seed_setting: see `settings`.
+        """
+        told = settings_of(TrainConfig).keys() - set(self.same_sum)  # the others are told by the settings alone
+        choices = [
+            [value for value in axis.values if axis.name not in told or _alike(value, getattr(config, axis.name))]
+            for axis in self.axes
+        ]
+        for values in itertools.product(*choices):
+            params = dict(zip((axis.name for axis in self.axes), values, strict=True))
+            settings = self.settings(params, seed_setting)
+            if all(_alike(value, getattr(config, name)) for name, value in settings.items()):
+                yield params
+
     def holds(self, params: Values) -> bool:
         """Whether a search may have drawn these parameters: each axis has a value that lies on it."""
         return all(axis.name in params and params[axis.name] in axis for axis in self.axes)

@@ -125,7 +125,8 @@ def make_folder(plan: Plan) -> Path:
 
 def record(plan: Plan, folder: Path) -> Sweep:
     """What the sweep is; of one that is continued, with what has been given anew."""
-    options, total = dataclasses.asdict(plan.sweep) | {"resume": None}, suggest.new_trials(plan)
+    options = dataclasses.asdict(plan.sweep) | {"resume": None}
+    total = suggest.new_trials(plan, trials.read_all(folder))
     if plan.resumed:
         return dataclasses.replace(trials.read_sweep(folder), num_trials=total, options=options)
     return Sweep(
@@ -171,7 +172,9 @@ def prepare(plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], con
         + (f", ASHA from epoch {sweep.grace_epochs} of {sweep.num_epochs}" if sweep.early_stop else ", no early stop"),
         flush=True,
     )
-    if left_out := suggest.left_out(plan):
+    if tried := suggest.tried_anyway(plan):
+        print(f"  {tried} combinations of the grid are tried as seed setting or given point, and not once more")
+    if left_out := suggest.left_out(plan, trials.read_all(folder)):
         print(
             f"  {left_out} combinations of the grid are left out: --num_trials {sweep.num_trials + left_out} tries all"
         )
@@ -185,7 +188,8 @@ def prepare(plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], con
         base = override(plan.seed_setting, {"batch_size": min(one.batch_size for one in found)})
         print(f"batch_size auto: {base.batch_size} for every trial", flush=True)
         plan = dataclasses.replace(plan, seed_setting=base)
-        sweep = dataclasses.replace(sweep, base=dataclasses.asdict(base))
+        total = suggest.new_trials(plan, trials.read_all(folder))  # a grid may hold what the seed setting now is
+        sweep = dataclasses.replace(sweep, base=dataclasses.asdict(base), num_trials=total)
     trials.write_sweep(folder, sweep)
     if not (folder / trials.SPLIT_FILE).exists():
         trials.write_json(folder / trials.SPLIT_FILE, found[0].split)

@@ -1,10 +1,12 @@
 """The driver of a sweep without a cluster: what a trial takes, whose folder it is, what is noted when a trial ends."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
 import shutil
+import signal
 import socket
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import pytest
 import ray
 import small_sweeps as small
 from ray.tune.execution.tune_controller import TuneController
+from ray.tune.tune import _setup_signal_catching
 
 from sft.config import TrainConfig
 from sft.ranks import rank_environ
@@ -210,6 +213,23 @@ def test_a_full_disk_ends_in_one_line_that_says_how_to_go_on(tmp_path, without_t
     assert (tmp_path / "a" / trials.SWEEP_FILE).exists()
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_once_a_sweep_has_ended_ctrl_c_does_not_disturb_rays_own_end(
+    tmp_path, without_trials, monkeypatch, interrupted
+):
+    def conclude(*_):
+        if interrupted:
+            raise KeyboardInterrupt
+
+    handlers = []
+    monkeypatch.setattr(sweep, "conclude", conclude)
+    monkeypatch.setattr(sweep.signal, "signal", lambda *given: handlers.append(given))
+    with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
+        sweep.run(small.plan(storage_path=str(tmp_path), name="a"))
+    assert [number for number, _ in handlers] == [signal.SIGTERM, signal.SIGINT]
+    assert handlers[-1] == (signal.SIGINT, signal.SIG_IGN)
+
+
 def test_any_other_failure_keeps_its_traceback(tmp_path, without_trials, monkeypatch):
     def lost(*_):
         raise FileNotFoundError(2, "No such file or directory")
@@ -392,6 +412,93 @@ def test_a_search_that_ends_between_two_trials_has_not_ended(tmp_path, monkeypat
         plan = small.plan(num_trials=num_trials, seeds=1)
         phase = driver.Phase(plan, small.sweep(), tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
         assert sweep.search(phase, plan, tmp_path) is ended
+
+
+# Ctrl-C
+
+
+@pytest.fixture
+def tuner(tmp_path, monkeypatch):
+    """In place of Ray's: asks for Ctrl-C as Ray does, then does what a test says; what is shown is in `shown`."""
+    stream, made = io.StringIO(), SimpleNamespace(shown=lambda: stream.getvalue(), during=lambda stopped: None)
+
+    class Tuner:
+        def __init__(self, *_, run_config, **__):
+            self._watch = run_config.callbacks[0]
+
+        def fit(self):
+            stopped = _setup_signal_catching()
+            self._watch.setup(stop=None, num_samples=1, total_num_samples=1)
+            made.during(stopped)
+
+    monkeypatch.setattr(driver.tune, "Tuner", Tuner)
+    monkeypatch.setattr(driver, "LiveTable", lambda record, total: LiveTable(record, total, stream))
+    before = signal.getsignal(signal.SIGINT)
+    small.put(tmp_path, small.trial(0, [0.5], "unfinished"))
+    made.plan = small.plan(num_trials=1)
+    made.phase = driver.Phase(made.plan, small.sweep(num_trials=1), tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
+    yield made
+    signal.signal(signal.SIGINT, before)
+
+
+def ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_at_ctrl_c_a_line_is_told_before_ray_has_ended_its_trials(tmp_path, tuner):
+    told = []
+
+    def once(stopped):
+        assert not stopped.is_set()
+        ctrl_c()
+        told.append((stopped.is_set(), tuner.shown()))
+
+    tuner.during = once
+    assert sweep.search(tuner.phase, tuner.plan, tmp_path) is False and tuner.phase.interrupted
+    assert told == [(True, f"{driver.STOPPING}\n")] and driver.STOPPING.startswith("stopping: ")
+
+
+def test_after_ctrl_c_the_table_follows_and_a_second_one_leaves_without_it(tmp_path, tuner, capsys, monkeypatch):
+    monkeypatch.setattr(results, "write", lambda *_: None)
+    monkeypatch.setattr(results, "verdict", lambda *_: "a verdict")
+    record = small.sweep(num_trials=1)
+    tuner.during = lambda stopped: ctrl_c()
+    assert sweep._search_and_conclude(tuner.phase, tuner.plan, record, tmp_path) is False
+    assert "a verdict" in capsys.readouterr().out
+    tuner.during = lambda stopped: (ctrl_c(), ctrl_c())
+    with pytest.raises(KeyboardInterrupt):
+        sweep._search_and_conclude(tuner.phase, tuner.plan, record, tmp_path)
+    assert capsys.readouterr().out == "" and tuner.shown().count(driver.STOPPING) == 2
+
+
+def test_ctrl_c_between_two_runs_of_ray_is_told_too(tmp_path, tuner, capsys, monkeypatch):
+    monkeypatch.setattr(results, "write", lambda *_: None)
+    monkeypatch.setattr(results, "verdict", lambda *_: "a verdict")
+    monkeypatch.setattr(sweep, "search", lambda *_: ctrl_c())
+    assert sweep._search_and_conclude(tuner.phase, tuner.plan, small.sweep(num_trials=1), tmp_path) is False
+    shown = capsys.readouterr().out
+    assert shown.startswith(driver.STOPPING) and "a verdict" in shown
+
+
+def test_a_run_of_ray_that_nobody_interrupts_leaves_ctrl_c_as_it_was(tmp_path, tuner):
+    """Otherwise the first one after it would be swallowed, and the second of a later run."""
+    before = signal.getsignal(signal.SIGINT)
+    sweep.search(tuner.phase, tuner.plan, tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before and not tuner.phase.interrupted
+
+
+def test_a_terminal_that_is_held_up_keeps_no_sweep_from_stopping(tmp_path, tuner, monkeypatch):
+    def held_up(*_):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
+
+    monkeypatch.setattr(LiveTable, "say", held_up)
+    seen = []
+    tuner.during = lambda stopped: (ctrl_c(), seen.append(stopped.is_set()))
+    sweep.search(tuner.phase, tuner.plan, tmp_path)
+    assert seen == [True]
+
+
+# Time
 
 
 def test_repeats_have_what_time_the_search_has_left(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ trials' folders (trials.py); Ray's own records are of one session and are not re
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from tune.trials import METRIC, Sweep, Trial
 
 ANSWERS_S = 10.0  # a cluster's head; Ray itself would ask for minutes, and warn all the while
 RETRIES = 2  # of a trial that crashed, from its last checkpoint
+STOPPING = "stopping: the trials end, the table follows; press Ctrl-C again to leave without it"
 SESSION = "session"  # Ray's own files, in the sweep's folder
 ENVIRONMENT = {  # of the driver
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the trials' own logs hold all of it
@@ -162,6 +164,8 @@ class Phase:
         self._plan, self._sweep, self._folder = plan, sweep, folder
         self._needs, self._concurrent = needs, concurrent
         self._started_s = time.monotonic()
+        self.interrupted = False
+        """Whether Ctrl-C has been pressed, and told of, while Ray ran."""
 
     def run(self, queue: Sequence[Trial], suggestions: Suggestions | None, early_stop: bool) -> bool:
         """Runs trials until all have ended, or time is over, or somebody interrupts.
@@ -207,8 +211,13 @@ class Phase:
                 verbose=0,
             ),
         )
-        with contextlib.suppress(EOFError):  # a full disk cut off Ray's record of an error; the folders tell it all
-            tuner.fit()
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            with contextlib.suppress(EOFError):  # a full disk cut off Ray's record of an error; the folders tell it all
+                tuner.fit()
+        finally:
+            signal.signal(signal.SIGINT, before)  # Ray leaves its own there
+            self.interrupted = watch.interrupted
         watch.close()
         to_come = suggestions is not None and suggestions.left > 0  # interrupted between one trial and the next
         return not to_come and all(trial.status != "unfinished" for trial in trials.read_all(self._folder))
@@ -262,6 +271,20 @@ class Watch(Callback):
         self._folder, self._shown, self._suggestions = folder, shown, suggestions
         self._running: dict[str, int] = {}
         self._since_s: dict[str, float] = {}
+        self.interrupted = False
+        """Whether Ctrl-C has been pressed."""
+
+    def setup(self, **info: Any) -> None:
+        """Ray has begun; at Ctrl-C it ends the trials, which takes seconds, without a word."""
+        of_ray = signal.getsignal(signal.SIGINT)
+
+        def first(number: int, frame: Any) -> None:
+            self.interrupted = True
+            with contextlib.suppress(RuntimeError):  # the table is just being drawn, on a terminal that is held up
+                self._shown.say(STOPPING)
+            of_ray(number, frame)  # puts back what was there before: the next Ctrl-C raises KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, first)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """A trial has its devices, for the first or a further attempt."""

@@ -70,6 +70,12 @@ class LiveTable:
             self._next_s = time.monotonic() + REDRAW_S
             self._draw(f"{table(found, running, ROWS)}\n{self.summary(found, running)}")
 
+    def say(self, line: str) -> None:
+        """Prints a line that stays, on a terminal in place of the table that is shown."""
+        if self._live:
+            self._draw("")
+        print(line, file=self._stream, flush=True)
+
     def close(self, found: Sequence[Trial]) -> None:
         """Takes the live table off the terminal; elsewhere tells what has not been told."""
         if self._live:

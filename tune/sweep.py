@@ -76,13 +76,20 @@ def _drive(plan: Plan, folder: Path, gpus: list[str]) -> int:
             raise
         text = f"{driver.in_words(error)}; free some space, then python tune/search.py {resume_flag(folder)}"
         raise UserError(text) from error
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ray ends its processes now, and would answer with a traceback
     return 0 if finished else INTERRUPTED
 
 
 def _search_and_conclude(phase: "driver.Phase", plan: Plan, sweep: Sweep, folder: Path) -> bool:  # noqa: F821
+    from tune.driver import STOPPING
+
     try:
         finished = search(phase, plan, folder)
     except KeyboardInterrupt:
+        if phase.interrupted:  # before: this is the second Ctrl-C
+            raise
+        print(STOPPING, flush=True)  # it came between the runs of Ray
         finished = False
     conclude(folder, sweep, finished)
     return finished

@@ -501,6 +501,59 @@ def test_a_terminal_that_is_held_up_keeps_no_sweep_from_stopping(tmp_path, tuner
 # Time
 
 
+@pytest.mark.parametrize(
+    ("waited_s", "during", "code", "told"),
+    [
+        (60.0, lambda stopped: None, 0, "time_budget_s = 60 is over, and 2 trials have not ended: python tune/"),
+        (59.0, lambda stopped: None, 130, "\n2 trials have not ended: python tune/"),  # a disk was full
+        (60.0, lambda stopped: ctrl_c(), 130, "\n2 trials have not ended: python tune/"),
+    ],
+)
+def test_a_sweep_whose_time_is_over_has_ended_as_asked(
+    tuner, tmp_path, monkeypatch, capsys, waited_s, during, code, told
+):
+    plan = small.plan(num_trials=2, time_budget_s=60, storage_path=str(tmp_path / "sweeps"), name="a")
+    folder, now = tmp_path / "sweeps" / "a", {"s": 0.0}
+    monkeypatch.setattr(driver.time, "monotonic", lambda: now["s"])
+    monkeypatch.setattr(driver, "start_ray", lambda *_: None)
+    monkeypatch.setattr(driver, "resources", lambda _: ({"CPU": 1, "GPU": 0.0}, 1))
+    monkeypatch.setattr(sweep, "prepare", lambda plan, record, *_: (plan, record))
+    monkeypatch.setattr(results, "write", lambda *_: None)
+    monkeypatch.setattr(results, "verdict", lambda *_: "a verdict")
+
+    def some_time(stopped):
+        small.put(folder, small.trial(0, [0.5], "unfinished"))
+        during(stopped)
+        now["s"] += waited_s
+
+    tuner.during = some_time
+    assert sweep.run(plan) == code
+    shown = capsys.readouterr().out
+    assert f"{told}search.py --resume {folder}\n" in shown and shown.count("have not ended") == 1
+
+
+ENDED = [small.trial(number, [0.5 + number / 10]) for number in range(4)]  # the seed setting is none of the best three
+
+
+@pytest.mark.parametrize(
+    ("seeds", "begun", "left"),
+    [
+        (1, [small.trial(0, [0.5])], 3),  # of 4
+        (3, [small.trial(0, [0.5], "unfinished"), small.trial(1, [0.6])], 3),  # repeats are not known yet
+        (3, ENDED, 8),
+        (2, [*ENDED, small.repeat(4, 0, 43, status="unfinished")], 4),
+        (1, ENDED, 0),
+    ],
+)
+def test_trials_that_are_left_are_counted_with_the_repeats_to_come(tmp_path, monkeypatch, capsys, seeds, begun, left):
+    monkeypatch.setattr(results, "write", lambda *_: None)
+    for one in begun:
+        small.put(tmp_path, one)
+    record = small.sweep(options=dataclasses.asdict(SweepConfig(seeds=seeds)))
+    sweep.conclude(tmp_path, record, finished=False)
+    assert f"\n{left} trials have not ended" in capsys.readouterr().out
+
+
 def test_repeats_have_what_time_the_search_has_left(tmp_path, monkeypatch):
     small.put(tmp_path, small.trial(0, [0.5]))
     asked = []

@@ -5,6 +5,7 @@ trials' folders (trials.py); Ray's own records are of one session and are not re
 """
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -167,6 +168,11 @@ class Phase:
         self.interrupted = False
         """Whether Ctrl-C has been pressed, and told of, while Ray ran."""
 
+    @property
+    def left_s(self) -> float:
+        """What is left of the sweep's time; infinity where it has no end."""
+        return (self._plan.sweep.time_budget_s or math.inf) - time.monotonic() + self._started_s
+
     def run(self, queue: Sequence[Trial], suggestions: Suggestions | None, early_stop: bool) -> bool:
         """Runs trials until all have ended, or time is over, or somebody interrupts.
 
@@ -182,8 +188,8 @@ class Phase:
         samples = len(queue) + (suggestions.left if suggestions else 0)
         if samples == 0:
             return True
-        left_s = self._plan.sweep.time_budget_s and self._plan.sweep.time_budget_s - time.monotonic() + self._started_s
-        if left_s is not None and left_s <= 0:
+        left_s = self.left_s
+        if left_s <= 0:
             return False
         scheduler = NotedAsha(self._folder, self._sweep, known) if early_stop else FIFOScheduler()
         ranks = self._plan.sweep.ranks(self._needs["GPU"])
@@ -201,7 +207,7 @@ class Phase:
                 scheduler=scheduler,
                 num_samples=samples,
                 max_concurrent_trials=self._concurrent,
-                time_budget_s=left_s,
+                time_budget_s=left_s if math.isfinite(left_s) else None,
             ),
             run_config=tune.RunConfig(
                 name=f"{SESSION}_{time.strftime('%Y%m%d_%H%M%S')}",

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from tune import keeping, results, suggest, trials
 from tune import space as spaces
 from tune.options import Plan
 from tune.progress import table
-from tune.trials import Sweep
+from tune.trials import Sweep, Trial
 
 INTERRUPTED = 130  # exit code, as after Ctrl-C
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -35,7 +36,7 @@ def run(plan: Plan) -> int:
     """Runs or continues a sweep.
 
     Returns:
-        0, or 130 where trials are left to go on with.
+        0; 130 where trials are left to go on with, unless time_budget_s has ended the sweep.
 
     Raises:
         UserError: a mistake, before the first trial.
@@ -70,7 +71,7 @@ def _drive(plan: Plan, folder: Path, gpus: list[str]) -> int:
             shutil.rmtree(folder)  # it holds no trial, and its name is wanted again
         raise
     try:
-        finished = _search_and_conclude(driver.Phase(plan, sweep, folder, needs, concurrent), plan, sweep, folder)
+        as_asked = _search_and_conclude(driver.Phase(plan, sweep, folder, needs, concurrent), plan, sweep, folder)
     except OSError as error:
         if error.errno not in NO_ROOM and not isinstance(error, shutil.Error):
             raise
@@ -78,21 +79,24 @@ def _drive(plan: Plan, folder: Path, gpus: list[str]) -> int:
         raise UserError(text) from error
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ray ends its processes now, and would answer with a traceback
-    return 0 if finished else INTERRUPTED
+    return 0 if as_asked else INTERRUPTED
 
 
 def _search_and_conclude(phase: "driver.Phase", plan: Plan, sweep: Sweep, folder: Path) -> bool:  # noqa: F821
+    """Returns whether the sweep has ended as it was asked to: all trials have ended, or time is over."""
     from tune.driver import STOPPING
 
+    interrupted = False
     try:
         finished = search(phase, plan, folder)
     except KeyboardInterrupt:
         if phase.interrupted:  # before: this is the second Ctrl-C
             raise
         print(STOPPING, flush=True)  # it came between the runs of Ray
-        finished = False
-    conclude(folder, sweep, finished)
-    return finished
+        finished, interrupted = False, True
+    time_is_over = phase.left_s <= 0 and not (interrupted or phase.interrupted)
+    conclude(folder, sweep, finished, time_is_over)
+    return finished or time_is_over
 
 
 def claim_devices(base: TrainConfig) -> list[str]:
@@ -217,8 +221,15 @@ def search(phase: "driver.Phase", plan: Plan, folder: Path) -> bool:  # noqa: F8
     return phase.run(again, None, early_stop=False)
 
 
-def conclude(folder: Path, sweep: Sweep, finished: bool) -> None:
-    """Writes the result and prints what is known."""
+def conclude(folder: Path, sweep: Sweep, finished: bool, time_is_over: bool = False) -> None:
+    """Writes the result and prints what is known.
+
+    Args:
+        folder: the sweep's.
+        sweep: its record.
+        finished: whether all trials have ended.
+        time_is_over: whether that is why they have not.
+    """
     found = trials.read_all(folder)
     keeping.keep_best(folder, found, [])
     results.write(folder, sweep, found)
@@ -229,6 +240,15 @@ def conclude(folder: Path, sweep: Sweep, finished: bool) -> None:
         if path.exists():
             print(f"  {path}")
     if not finished:
-        begun = sum(not trial.is_repeat for trial in found)
-        left = sum(trial.status == "unfinished" for trial in found) + max(0, sweep.num_trials - begun)
-        print(f"{left} trials have not ended: python tune/search.py {resume_flag(folder)}")
+        why = f"time_budget_s = {sweep.options['time_budget_s']:g} is over, and " if time_is_over else ""
+        print(f"{why}{_left(sweep, found)} trials have not ended: python tune/search.py {resume_flag(folder)}")
+
+
+def _left(sweep: Sweep, found: Sequence[Trial]) -> int:
+    """Trials to go on with, and those to come; which ones are repeated is known when the others have ended."""
+    left = sum(trial.status == "unfinished" for trial in found)
+    own = [trial for trial in found if not trial.is_repeat]
+    to_come = max(0, sweep.num_trials - len(own))
+    if not to_come and all(trial.status != "unfinished" for trial in own):
+        to_come = len(suggest.repeats(found, TrainConfig(**sweep.base), sweep.options["seeds"]))
+    return left + to_come

@@ -77,9 +77,7 @@ def write_best(folder: Path, sweep: Sweep, found: Sequence[Trial], live: Sequenc
     base = TrainConfig(**sweep.base)
     settings = best.settings | {"feature_cache": "auto", "gpu": None, "include": None}
     text = f"# Trial {best.number} of {sweep.name}: validation Dice {best.dice_so_far:.4f}, {best.epoch} epochs\n"
-    partial = folder / f"{BEST_FILE}.partial"
-    partial.write_text(text + to_yaml(override(base, settings)), encoding="utf-8")
-    os.replace(partial, folder / BEST_FILE)
+    trials.write_whole(folder / BEST_FILE, (text + to_yaml(override(base, settings))).encode())
 
 
 def check_disk(folder: Path, one_bytes: int, concurrent: int) -> None:

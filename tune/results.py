@@ -6,7 +6,6 @@ scikit-learn, is imported when something is written.
 
 import csv
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from sft.settings import as_text
 from tune import space as spaces
 from tune.scales import MISSING, finite
 from tune.tally import Repeats, best_row, dice_of, repeat_of, repeats, verdict
-from tune.trials import Sweep, Trial
+from tune.trials import Sweep, Trial, write_whole
 
 CSV_FILE, HTML_FILE, PICTURES = "trials.csv", "report.html", "pictures"
 SCORES = ("dice_best", "threshold_best", "iou", "recall", "precision", "seg_rate")
@@ -40,11 +39,11 @@ def write(folder: Path, sweep: Sweep, trials: Sequence[Trial]) -> str:
     pngs = pictures.draw_all(sweep, space, trials, found, sentence)
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     for name, png in pngs.items():
-        _replace(folder / PICTURES / f"{name}.png", png)
-    _replace(folder / CSV_FILE, trials_csv(sweep, trials).encode())
+        write_whole(folder / PICTURES / f"{name}.png", png)
+    write_whole(folder / CSV_FILE, trials_csv(sweep, trials).encode())
     if found is None:
         del pngs["importance"]  # the page says why in words
-    _replace(folder / HTML_FILE, page.page(sweep, trials, pngs, sentence, str(folder)).encode())
+    write_whole(folder / HTML_FILE, page.page(sweep, trials, pngs, sentence, str(folder)).encode())
     return verdict(sweep, trials)
 
 
@@ -99,10 +98,3 @@ def _csv_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     return as_text(value) if value is None or isinstance(value, bool) else str(value)
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Writes beside the file, then renames."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, file)

@@ -1,159 +1,24 @@
-"""The driver of a sweep without a cluster: what a trial takes, whose folder it is, what is noted when a trial ends."""
+"""A sweep and its driver without a cluster: whose folder it is, what is asked of Ray, how it ends."""
 
 import contextlib
 import dataclasses
 import io
-import json
 import os
-import shutil
 import signal
-import socket
 from types import SimpleNamespace
 
 import pytest
-import ray
 import small_sweeps as small
-from ray.tune.execution.tune_controller import TuneController
 from ray.tune.tune import _setup_signal_catching
 
 from sft.config import TrainConfig
-from sft.ranks import rank_environ
 from sft.settings import UserError
-from tune import driver, keeping, results, suggest, sweep, trials
-from tune.driver import Queue, Watch, resources
+from tune import driver, keeping, nodes, results, suggest, sweep, trials
+from tune.driver import Queue
 from tune.options import SweepConfig
-from tune.progress import LiveTable
+from tune.progress import STOPPING, LiveTable
 from tune.space import Axis, Space
-from tune.trial_run import CRASH_FILE
 from tune.trials import Trial
-
-# What a trial takes
-
-
-def nodes(*machines: tuple[int, int]) -> list[dict]:
-    """What Ray tells of machines with so many cores and GPUs, and of one that is gone."""
-    told = [{"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {}) for cpus, gpus in machines]
-    return [{"Alive": True, "Resources": one} for one in told] + [{"Alive": False, "Resources": {"CPU": 99.0}}]
-
-
-@pytest.mark.parametrize(
-    ("cluster", "settings", "needs", "concurrent"),
-    [
-        ((8, 0), {}, (1, 0), 8),
-        ((8, 0), {"gpus_per_trial": 2}, (1, 0), 8),  # without GPUs of no effect
-        ((8, 0), {"cpus_per_trial": 3}, (3, 0), 2),
-        ((8, 0), {"ranks_per_trial": 2}, (2, 0), 4),
-        ((8, 0), {"ranks_per_trial": 2, "cpus_per_trial": 1}, (2, 0), 4),  # a core for each rank
-        ((8, 0), {"max_concurrent": 3}, (1, 0), 3),
-        ((8, 0), {"max_concurrent": 99}, (1, 0), 8),
-        ((16, 4), {}, (4, 1), 4),
-        ((16, 3), {"gpus_per_trial": 2}, (16, 2), 1),
-        ((16, 4), {"gpus_per_trial": 2, "ranks_per_trial": 2}, (8, 2), 2),
-        ((32, 4), {"gpus_per_trial": 0.5}, (4, 0.5), 8),
-        ((32, 2), {"gpus_per_trial": 0.3}, (5, 0.3), 6),  # three lie whole on each
-        ((32, 5), {"gpus_per_trial": 0.4}, (3, 0.4), 10),  # two on each, not 12 of 5 / 0.4
-        ((32, 2), {"gpus_per_trial": 0.75}, (16, 0.75), 2),
-        ((32, 1), {"gpus_per_trial": 0.1}, (3, 0.1), 10),
-        ((2, 4), {}, (1, 1), 2),  # cores are short
-    ],
-)
-def test_what_a_trial_takes_and_how_many_run_at_a_time(monkeypatch, cluster, settings, needs, concurrent):
-    monkeypatch.setattr(ray, "nodes", lambda: nodes(cluster))
-    assert resources(SweepConfig(**settings)) == ({"CPU": needs[0], "GPU": needs[1]}, concurrent)
-
-
-@pytest.mark.parametrize(
-    ("cluster", "settings", "message"),
-    [
-        ((8, 1), {"gpus_per_trial": 2}, "gpus_per_trial = 2, but there are 1 GPUs; give at most 1"),
-        ((8, 4), {"ranks_per_trial": 2}, "ranks_per_trial = 2 needs a GPU for each rank: give --gpus_per_trial 2"),
-        (
-            (2, 0),
-            {"cpus_per_trial": 3},
-            "a trial of 1 ranks takes 3 cores, but there are 2; give fewer --cpus_per_trial",
-        ),
-        ((2, 0), {"ranks_per_trial": 4}, "a trial of 4 ranks takes 4 cores, but there are 2"),
-    ],
-)
-def test_what_does_not_fit_is_told(monkeypatch, cluster, settings, message):
-    monkeypatch.setattr(ray, "nodes", lambda: nodes(cluster))
-    with pytest.raises(UserError, match=message):
-        resources(SweepConfig(**settings))
-
-
-@pytest.mark.parametrize(
-    ("machines", "settings", "needs", "concurrent"),
-    [
-        (((96, 0), (8, 4)), {}, (2, 1), 4),  # a head without GPUs: its cores are no trial's
-        (((64, 4), (8, 4)), {}, (2, 1), 8),  # what the smaller one can give
-        (((64, 4), (8, 4)), {"cpus_per_trial": 4}, (4, 1), 6),
-        (((16, 1), (16, 1)), {"gpus_per_trial": 2}, (32, 2), 1),  # ranks may lie on two machines
-        (((3, 0), (3, 0)), {"cpus_per_trial": 2}, (2, 0), 2),
-        (((2, 0), (2, 0)), {"ranks_per_trial": 4}, (4, 0), 1),
-    ],
-)
-def test_a_trial_lies_on_one_machine_of_several_and_its_ranks_on_any(
-    monkeypatch, machines, settings, needs, concurrent
-):
-    monkeypatch.setattr(ray, "nodes", lambda: nodes(*machines))
-    assert resources(SweepConfig(**settings)) == ({"CPU": needs[0], "GPU": needs[1]}, concurrent)
-
-
-def test_a_trial_for_which_no_machine_has_the_cores_is_told(monkeypatch):
-    """Ray would wait for such a machine forever."""
-    monkeypatch.setattr(ray, "nodes", lambda: nodes((2, 0), (2, 0)))
-    with pytest.raises(UserError, match="a trial of 1 ranks takes 3 cores, but there are 2"):
-        resources(SweepConfig(cpus_per_trial=3))
-
-
-def test_trials_inherit_neither_rank_nor_port_of_the_driver(monkeypatch):
-    started = []
-    monkeypatch.setattr(ray, "init", lambda **options: started.append((options, dict(os.environ))))
-    monkeypatch.setattr(
-        os, "environ", dict(os.environ) | rank_environ(1, 2) | {"MASTER_PORT": "1234", "PYTHONPATH": "/mine"}
-    )
-    driver.start_ray(None, ["3", "5"])
-    ((options, environ),) = started
-    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & environ.keys()
-    assert options["num_gpus"] == 2 and options["address"] == "local"
-    assert options["runtime_env"]["env_vars"]["PYTHONPATH"].split(os.pathsep) == [str(driver.ROOT), "/mine"]
-
-
-def test_ray_lets_a_trial_end_without_a_dice(monkeypatch):
-    """Otherwise the first trial that fails before its first validation ends the sweep."""
-    monkeypatch.setattr(ray, "init", lambda **_: None)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    driver.start_ray(None, [])
-    asks = SimpleNamespace(metric="dice_so_far")
-    controller = SimpleNamespace(_metric=None, _search_alg=asks, _scheduler_alg=asks)
-    TuneController._validate_result_metrics(controller, {"done": True, "config/number": 3, "config/ranks": 1})
-
-
-def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch):
-    def refuse(**_):
-        raise ConnectionError("could not\nconnect")
-
-    monkeypatch.setattr(ray, "init", refuse)
-    monkeypatch.setattr(driver.socket, "create_connection", lambda *_, **__: io.BytesIO())
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    with pytest.raises(
-        UserError, match="address head:6379: no Ray cluster answers .could not connect.; ray start --head"
-    ):
-        driver.start_ray("head:6379", [])
-
-
-@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
-def test_where_nobody_listens_ray_is_not_asked(monkeypatch, form):
-    """It would ask for minutes."""
-    with socket.socket() as holder:  # bound, so that nobody else is given the port, but it does not listen
-        holder.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("asked"))
-        monkeypatch.setattr(os, "environ", dict(os.environ))
-        with pytest.raises(UserError, match="no Ray cluster answers .*refused.*; ray start --head first"):
-            driver.start_ray(form.format(holder.getsockname()[1]), [])
-    with pytest.raises(UserError, match=f"address localhost:{10**30}: no Ray cluster answers"):
-        driver.start_ray(f"localhost:{10**30}", [])
-
 
 # The folder
 
@@ -165,8 +30,8 @@ def without_ray(monkeypatch):
     def refuse(_):
         raise UserError("gpus_per_trial = 9, but there are 0 GPUs")
 
-    monkeypatch.setattr(driver, "start_ray", lambda *_: None)
-    monkeypatch.setattr(driver, "resources", refuse)
+    monkeypatch.setattr(nodes, "start_ray", lambda *_: None)
+    monkeypatch.setattr(nodes, "resources", refuse)
     monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
 
 
@@ -194,8 +59,8 @@ def test_a_sweep_that_is_continued_is_never_deleted_nor_changed_by_a_mistake(tmp
 @pytest.fixture
 def without_trials(monkeypatch):
     """Up to the search, whose place `sweep.search` is, and after it."""
-    monkeypatch.setattr(driver, "start_ray", lambda *_: None)
-    monkeypatch.setattr(driver, "resources", lambda _: ({"CPU": 1, "GPU": 0.0}, 1))
+    monkeypatch.setattr(nodes, "start_ray", lambda *_: None)
+    monkeypatch.setattr(nodes, "resources", lambda _: ({"CPU": 1, "GPU": 0.0}, 1))
     monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sweep, "prepare", lambda plan, record, *_: (plan, record))
     monkeypatch.setattr(sweep, "search", lambda *_: True)
@@ -273,7 +138,7 @@ def test_the_first_look_asks_for_the_room_of_one_trial_at_the_highest_rank(tmp_p
         asked.append((config.keep, config.lora_rank, config.output_dir))
         return [SimpleNamespace(features="none", batch_size=1, split={}, checkpoint_bytes=1)]
 
-    monkeypatch.setattr(driver, "prepare_nodes", look)
+    monkeypatch.setattr(nodes, "prepare_nodes", look)
     plan = small.plan(base=TrainConfig(lora_rank=8))
     sweep.prepare(plan, small.sweep(), tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
     assert asked == [("latest", 32, str(tmp_path))]
@@ -283,7 +148,7 @@ def test_the_first_look_asks_for_the_room_of_one_trial_at_the_highest_rank(tmp_p
 def no_features(monkeypatch):
     """In place of the first look on every node; a batch of 4 fits."""
     found = SimpleNamespace(features="none", batch_size=4, split={}, checkpoint_bytes=1)
-    monkeypatch.setattr(driver, "prepare_nodes", lambda *_: [found])
+    monkeypatch.setattr(nodes, "prepare_nodes", lambda *_: [found])
 
 
 @pytest.mark.parametrize(("rank", "told"), [(16, "1 combinations of the grid are tried as seed setting"), (64, "")])
@@ -320,10 +185,6 @@ def test_trials_read_features_from_the_disk_they_share():
 # What Ray asks, and is told
 
 
-def of_ray(number: int) -> SimpleNamespace:
-    return SimpleNamespace(trial_id=f"id{number}", config={"number": number})
-
-
 def test_the_queue_gives_what_waits_then_what_is_new_and_makes_the_folders(tmp_path):
     plan = small.plan(num_trials=3)
     known = [small.trial(0, [0.5]), small.trial(1, [0.4], "unfinished")]
@@ -332,76 +193,6 @@ def test_the_queue_gives_what_waits_then_what_is_new_and_makes_the_folders(tmp_p
     assert queue.suggest("c") == Queue.FINISHED
     assert [trial.number for trial in trials.read_all(tmp_path)] == [1, 2]
     assert Queue(tmp_path, [], None, {}).suggest("d") == Queue.FINISHED
-
-
-@pytest.fixture
-def watch(tmp_path, monkeypatch):
-    """Over two trials, of which 1 has begun; the report is not drawn."""
-    monkeypatch.setattr(results, "write", lambda *_: None)
-    trials.write_sweep(tmp_path, small.sweep())
-    for one in (small.trial(0, [0.5]), small.trial(1, status="unfinished")):
-        small.put(tmp_path, one)
-    made = Watch(tmp_path, LiveTable(small.sweep(), 2, io.StringIO()), None)
-    made.on_trial_start(0, [], of_ray(1))
-    return made
-
-
-def test_a_trial_that_crashes_for_good_is_noted_with_its_reason_and_its_time(tmp_path, watch, monkeypatch):
-    crash = trials.folder_of(tmp_path, 1) / CRASH_FILE
-    crash.write_text("Traceback\n  File\nRuntimeError: first\nTraceback\nRuntimeError: a worm\n\n")
-    begun_s = watch._since_s["id1"]
-    monkeypatch.setattr(driver.time, "monotonic", lambda: begun_s + 42.0)
-    watch.on_trial_start(0, [], of_ray(1))  # a further attempt
-    watch.on_trial_error(0, [], of_ray(1))
-    found = trials.read(crash.parent)
-    assert (found.status, found.reason) == ("failed", "crashed 3 times: RuntimeError: a worm")
-    assert found.device_s == pytest.approx(42.0)
-    watch.on_trial_error(0, [], of_ray(1))
-    assert trials.read(crash.parent) == found  # what is noted stays
-
-
-@pytest.mark.parametrize("crash", [None, "", "\n"])
-def test_a_process_that_died_without_a_word_is_noted_so(tmp_path, watch, crash):
-    folder = trials.folder_of(tmp_path, 1)
-    if crash is not None:
-        (folder / CRASH_FILE).write_text(crash)
-    watch.on_trial_error(0, [], of_ray(1))
-    assert trials.read(folder).reason == "crashed 3 times: its process died"
-
-
-def test_when_a_trial_ends_the_search_hears_of_it_and_the_best_is_written(tmp_path, watch):
-    heard = []
-    watch._suggestions = SimpleNamespace(ended=heard.append)
-    folder = trials.folder_of(tmp_path, 1)
-    for row in small.rows([0.7]):
-        trials.append_row(folder, row)
-    trials.write_outcome(folder, "stopped", "behind")
-    (folder / "ray").mkdir()
-    watch.on_trial_complete(0, [], of_ray(1))
-    assert heard == [trials.read(folder)] and not (folder / "ray").exists()
-    assert (tmp_path / keeping.BEST_FILE).read_text().startswith("# Trial 1 of sweep_1: validation Dice 0.7000")
-    assert json.loads((folder / "outcome.json").read_text())["status"] == "stopped"
-
-
-COPY_ERROR = shutil.Error([("a/adapter", "b/adapter", "[Errno 28] No space left on device")] * 2)
-
-
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (COPY_ERROR, "b/adapter: [Errno 28] No space left on device"),
-        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),  # a write names no file
-        (OSError(13, "Permission denied", "b/best.yaml"), "b/best.yaml: Permission denied"),
-    ],
-)
-def test_what_cannot_be_written_when_a_trial_ends_is_told_in_words(tmp_path, watch, monkeypatch, capsys, error, told):
-    def full(*_):
-        raise error
-
-    monkeypatch.setattr(keeping, "keep_best", full)
-    trials.write_outcome(trials.folder_of(tmp_path, 1), "failed", "a reason")
-    watch.on_trial_complete(0, [], of_ray(1))
-    assert capsys.readouterr().out == f"warning: {told}; the results are of before trial 1\n"
 
 
 def test_a_search_that_ends_between_two_trials_has_not_ended(tmp_path, monkeypatch):
@@ -424,11 +215,11 @@ def tuner(tmp_path, monkeypatch):
 
     class Tuner:
         def __init__(self, *_, run_config, **__):
-            self._watch = run_config.callbacks[0]
+            made.watch = run_config.callbacks[0]
 
         def fit(self):
             stopped = _setup_signal_catching()
-            self._watch.setup(stop=None, num_samples=1, total_num_samples=1)
+            made.watch.setup(stop=None, num_samples=1, total_num_samples=1)
             made.during(stopped)
 
     monkeypatch.setattr(driver.tune, "Tuner", Tuner)
@@ -455,7 +246,7 @@ def test_at_ctrl_c_a_line_is_told_before_ray_has_ended_its_trials(tmp_path, tune
 
     tuner.during = once
     assert sweep.search(tuner.phase, tuner.plan, tmp_path) is False and tuner.phase.interrupted
-    assert told == [(True, f"{driver.STOPPING}\n")] and driver.STOPPING.startswith("stopping: ")
+    assert told == [(True, f"{STOPPING}\n")] and STOPPING.startswith("stopping: ")
 
 
 def test_after_ctrl_c_the_table_follows_and_a_second_one_leaves_without_it(tmp_path, tuner, capsys, monkeypatch):
@@ -468,7 +259,7 @@ def test_after_ctrl_c_the_table_follows_and_a_second_one_leaves_without_it(tmp_p
     tuner.during = lambda stopped: (ctrl_c(), ctrl_c())
     with pytest.raises(KeyboardInterrupt):
         sweep._search_and_conclude(tuner.phase, tuner.plan, record, tmp_path)
-    assert capsys.readouterr().out == "" and tuner.shown().count(driver.STOPPING) == 2
+    assert capsys.readouterr().out == "" and tuner.shown().count(STOPPING) == 2
 
 
 def test_ctrl_c_between_two_runs_of_ray_is_told_too(tmp_path, tuner, capsys, monkeypatch):
@@ -477,7 +268,7 @@ def test_ctrl_c_between_two_runs_of_ray_is_told_too(tmp_path, tuner, capsys, mon
     monkeypatch.setattr(sweep, "search", lambda *_: ctrl_c())
     assert sweep._search_and_conclude(tuner.phase, tuner.plan, small.sweep(num_trials=1), tmp_path) is False
     shown = capsys.readouterr().out
-    assert shown.startswith(driver.STOPPING) and "a verdict" in shown
+    assert shown.startswith(STOPPING) and "a verdict" in shown
 
 
 def test_a_run_of_ray_that_nobody_interrupts_leaves_ctrl_c_as_it_was(tmp_path, tuner):
@@ -515,8 +306,8 @@ def test_a_sweep_whose_time_is_over_has_ended_as_asked(
     plan = small.plan(num_trials=2, time_budget_s=60, storage_path=str(tmp_path / "sweeps"), name="a")
     folder, now = tmp_path / "sweeps" / "a", {"s": 0.0}
     monkeypatch.setattr(driver.time, "monotonic", lambda: now["s"])
-    monkeypatch.setattr(driver, "start_ray", lambda *_: None)
-    monkeypatch.setattr(driver, "resources", lambda _: ({"CPU": 1, "GPU": 0.0}, 1))
+    monkeypatch.setattr(nodes, "start_ray", lambda *_: None)
+    monkeypatch.setattr(nodes, "resources", lambda _: ({"CPU": 1, "GPU": 0.0}, 1))
     monkeypatch.setattr(sweep, "prepare", lambda plan, record, *_: (plan, record))
     monkeypatch.setattr(results, "write", lambda *_: None)
     monkeypatch.setattr(results, "verdict", lambda *_: "a verdict")
@@ -584,11 +375,3 @@ def test_a_sweep_whose_trials_have_all_ended_starts_nothing(tmp_path):
     assert sweep.search(phase, plan, tmp_path)
     small.put(tmp_path, Trial(2, "trial 1, seed 43", {}, {"seed": 43}, status="finished"))
     assert sweep.search(phase, plan, tmp_path)
-
-
-def test_a_trial_that_lacked_room_on_a_disk_goes_on_later(tmp_path, watch, capsys):
-    folder = trials.folder_of(tmp_path, 1)
-    (folder / CRASH_FILE).write_text("Traceback\nsft.settings.DiskError: checkpoint_latest: No space left; free some\n")
-    watch.on_trial_error(0, [], of_ray(1))
-    assert trials.read(folder).status == "unfinished"
-    assert "warning: trial 1 has not ended: checkpoint_latest: No space left; free some" in capsys.readouterr().out

@@ -106,6 +106,14 @@ def highest_rank(base: TrainConfig, space: Space, points: Sequence[dict[str, Any
     return max([base.lora_rank, *(one["lora_rank"] for one in settings if "lora_rank" in one)])
 
 
+def in_words(error: OSError) -> str:
+    """What could not be written and why; of a folder that could not be copied its first file."""
+    if isinstance(error, shutil.Error):
+        _, target, reason = error.args[0][0]
+        return f"{target}: {reason}"
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+
+
 def _delete_checkpoints(folder: Path, trial: Trial) -> None:
     for directory in trials.folder_of(folder, trial.number).glob("*/checkpoint_*"):
         shutil.rmtree(directory, ignore_errors=True)

@@ -13,6 +13,7 @@ from sft.report import format_duration
 from sft.settings import as_text
 from tune.trials import SEED_SETTING, Sweep, Trial, best_of
 
+STOPPING = "stopping: the trials end, the table follows; press Ctrl-C again to leave without it"
 REDRAW_S = 1.0
 NEW = (0, "unfinished")
 ROWS = 20  # of the live table: the running ones, then the best

@@ -24,7 +24,7 @@ from sft.settings import UserError
 from tune import keeping, results, suggest, trials
 from tune import space as spaces
 from tune.options import Plan
-from tune.progress import table
+from tune.progress import STOPPING, table
 from tune.trials import Sweep, Trial
 
 INTERRUPTED = 130  # exit code, as after Ctrl-C
@@ -52,16 +52,16 @@ def run(plan: Plan) -> int:
 
 
 def _drive(plan: Plan, folder: Path, gpus: list[str]) -> int:
-    from tune import driver  # Ray loads here
+    from tune import driver, nodes  # Ray loads here
 
     print(f"Sweep {folder}", flush=True)
     try:
         sweep = record(plan, folder)
         if not plan.resumed:
             trials.write_sweep(folder, sweep)  # to go on from, however soon it is interrupted
-        driver.start_ray(plan.sweep.address, gpus)
+        nodes.start_ray(plan.sweep.address, gpus)
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # Ray has put its own there
-        needs, concurrent = driver.resources(plan.sweep)
+        needs, concurrent = nodes.resources(plan.sweep)
         plan = dataclasses.replace(plan, seed_setting=share_features(plan.seed_setting, needs["GPU"]))
         base = dataclasses.asdict(plan.seed_setting)
         sweep = dataclasses.replace(sweep, gpus_per_trial=needs["GPU"], base=base)
@@ -75,7 +75,7 @@ def _drive(plan: Plan, folder: Path, gpus: list[str]) -> int:
     except OSError as error:
         if error.errno not in NO_ROOM and not isinstance(error, shutil.Error):
             raise
-        text = f"{driver.in_words(error)}; free some space, then python tune/search.py {resume_flag(folder)}"
+        text = f"{keeping.in_words(error)}; free some space, then python tune/search.py {resume_flag(folder)}"
         raise UserError(text) from error
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ray ends its processes now, and would answer with a traceback
@@ -84,8 +84,6 @@ def _drive(plan: Plan, folder: Path, gpus: list[str]) -> int:
 
 def _search_and_conclude(phase: "driver.Phase", plan: Plan, sweep: Sweep, folder: Path) -> bool:  # noqa: F821
     """Returns whether the sweep has ended as it was asked to: all trials have ended, or time is over."""
-    from tune.driver import STOPPING
-
     interrupted = False
     try:
         finished = search(phase, plan, folder)
@@ -175,7 +173,7 @@ def share_features(base: TrainConfig, gpus_per_trial: float) -> TrainConfig:
 def prepare(plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], concurrent: int) -> tuple[Plan, Sweep]:
     """Computes the frozen features on every node, records the split, checks the disk; settles the batch size, if auto:
     it is one for all trials."""
-    from tune import driver
+    from tune import nodes
 
     print(
         f"{sweep.num_trials} trials, {concurrent} at a time, each with {needs['GPU']:g} GPUs and {needs['CPU']:g} cores"
@@ -192,7 +190,7 @@ def prepare(plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], con
     rank = keeping.highest_rank(plan.seed_setting, plan.space, plan.points)
     place = {"output_dir": str(folder), "gpu": None, "include": None, "keep": "latest"}  # as its trials have it
     config = override(plan.seed_setting, place | {"lora_rank": rank})
-    found = driver.prepare_nodes(config, needs)
+    found = nodes.prepare_nodes(config, needs)
     for line in dict.fromkeys(one.features for one in found):
         print(line, flush=True)
     if plan.seed_setting.batch_size == "auto":

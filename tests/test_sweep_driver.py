@@ -375,3 +375,49 @@ def test_a_sweep_whose_trials_have_all_ended_starts_nothing(tmp_path):
     assert sweep.search(phase, plan, tmp_path)
     small.put(tmp_path, Trial(2, "trial 1, seed 43", {}, {"seed": 43}, status="finished"))
     assert sweep.search(phase, plan, tmp_path)
+
+
+# The results
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """Epochs of every trial each time the results are written."""
+    told = []
+    monkeypatch.setattr(results, "verdict", lambda *_: "a verdict")
+    monkeypatch.setattr(results, "update", lambda _, record, found, live: told.append([one.epoch for one in found]))
+    return told
+
+
+def test_a_sweep_that_ends_by_itself_writes_its_results_once(tmp_path, tuner, updates):
+    trials.write_sweep(tmp_path, small.sweep())
+
+    def end(stopped):
+        tuner.watch.on_trial_start(0, [], small.of_ray(0))
+        trials.write_outcome(trials.folder_of(tmp_path, 0), "finished")
+        tuner.watch.on_trial_complete(0, [], small.of_ray(0))
+
+    tuner.during = end
+    assert sweep._search_and_conclude(tuner.phase, tuner.plan, small.sweep(num_trials=1), tmp_path)
+    assert updates == [[1]]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_what_a_stopped_trial_has_come_to_is_in_the_results_once(tmp_path, tuner, updates, interrupted):
+    def stop(stopped):
+        tuner.watch.on_trial_start(0, [], small.of_ray(0))
+        trials.append_row(trials.folder_of(tmp_path, 0), small.rows([0.5, 0.6])[1])
+        if interrupted:
+            ctrl_c()
+        tuner.watch.on_trial_complete(0, [], small.of_ray(0))
+
+    tuner.during = stop
+    assert not sweep._search_and_conclude(tuner.phase, tuner.plan, small.sweep(num_trials=1), tmp_path)
+    assert updates == [[2]]
+
+
+def test_a_sweep_that_is_continued_with_nothing_to_do_writes_its_results_anew(tmp_path, tuner, updates):
+    """A kill may have come before they were written."""
+    trials.write_outcome(trials.folder_of(tmp_path, 0), "finished")
+    assert sweep._search_and_conclude(tuner.phase, tuner.plan, small.sweep(num_trials=1), tmp_path)
+    assert updates == [[1]]

@@ -91,3 +91,44 @@ def test_a_trial_that_lacked_room_on_a_disk_goes_on_later(tmp_path, watch, capsy
     watch.on_trial_error(0, [], small.of_ray(1))
     assert trials.read(folder).status == "unfinished"
     assert "warning: trial 1 has not ended: checkpoint_latest: No space left; free some" in capsys.readouterr().out
+
+
+# The results
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """Status of every trial, and who runs, each time the results are written."""
+    told = []
+    monkeypatch.setattr(
+        results, "update", lambda _, record, found, live: told.append(([trial.status for trial in found], live))
+    )
+    return told
+
+
+def test_results_are_those_of_the_end_once_nobody_runs(tmp_path, watch, updates):
+    """Of a trial that has ended, but not in Ray's eyes, the checkpoints are still to be deleted."""
+    watch.on_trial_start(0, [], small.of_ray(0))
+    trials.write_outcome(trials.folder_of(tmp_path, 1), "finished")
+    watch.on_trial_complete(0, [], small.of_ray(1))
+    assert updates == [(["finished", "finished"], [0])] and watch.reported is None
+    watch.on_trial_complete(0, [], small.of_ray(0))
+    assert updates[1:] == [(["finished", "finished"], [])] and watch.reported == trials.read_all(tmp_path)
+
+
+def test_a_trial_that_has_not_ended_changes_no_results(tmp_path, watch, updates):
+    """Ray stops all at once when time is over, and after Ctrl-C."""
+    heard = []
+    watch._suggestions = SimpleNamespace(ended=heard.append)
+    watch.on_trial_complete(0, [], small.of_ray(1))
+    assert updates == [] and watch.reported is None and [trial.number for trial in heard] == [1]
+
+
+def test_results_that_could_not_be_written_are_not_taken_for_written(tmp_path, watch, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results, "update", full)
+    trials.write_outcome(trials.folder_of(tmp_path, 1), "finished")
+    watch.on_trial_complete(0, [], small.of_ray(1))
+    assert watch.reported is None

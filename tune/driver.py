@@ -45,6 +45,8 @@ class Phase:
         self._started_s = time.monotonic()
         self.interrupted = False
         """Whether Ctrl-C has been pressed, and told of, while Ray ran."""
+        self.reported: list[Trial] | None = None
+        """The trials as the results tell them that are written; None where they are not those of a moment of rest."""
 
     @property
     def left_s(self) -> float:
@@ -102,6 +104,7 @@ class Phase:
         finally:
             signal.signal(signal.SIGINT, before)  # Ray leaves its own there
             self.interrupted = watch.interrupted
+            self.reported = watch.reported
         watch.close()
         to_come = suggestions is not None and suggestions.left > 0  # interrupted between one trial and the next
         return not to_come and all(trial.status != "unfinished" for trial in trials.read_all(self._folder))

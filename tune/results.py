@@ -1,7 +1,7 @@
-"""What a sweep leaves to read: trials.csv, report.html and pictures/, written whole each time a trial ends.
+"""What a sweep leaves: the best adapter, trials.csv, report.html and pictures/, brought up to date when a trial ends.
 
-Takes the records of trials.py and makes everything from them anew. Knows nothing of Ray. What is heavy, matplotlib and
-scikit-learn, is imported when something is written.
+Takes the records of trials.py and makes what is to be read from them anew. Knows nothing of Ray. What is heavy,
+matplotlib and scikit-learn, is imported when something is written.
 """
 
 import csv
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.settings import as_text
+from tune import keeping
 from tune import space as spaces
 from tune.scales import MISSING, finite
 from tune.tally import Repeats, best_row, dice_of, repeat_of, repeats, verdict
@@ -19,6 +20,20 @@ from tune.trials import Sweep, Trial, write_whole
 CSV_FILE, HTML_FILE, PICTURES = "trials.csv", "report.html", "pictures"
 SCORES = ("dice_best", "threshold_best", "iou", "recall", "precision", "seg_rate")
 """Of the epoch of the best Dice; a score that was not taken stays empty."""
+
+
+def update(folder: Path, sweep: Sweep, trials: Sequence[Trial], live: Sequence[int]) -> None:
+    """Brings all that a sweep leaves up to date, the best adapter first: that makes room on a disk.
+
+    Args:
+        folder: the sweep's.
+        sweep: what is run.
+        trials: by number.
+        live: numbers of those that run.
+    """
+    keeping.keep_best(folder, trials, live)
+    keeping.write_best(folder, sweep, trials, live)
+    write(folder, sweep, trials)
 
 
 def write(folder: Path, sweep: Sweep, trials: Sequence[Trial]) -> str:

@@ -93,7 +93,7 @@ def _search_and_conclude(phase: "driver.Phase", plan: Plan, sweep: Sweep, folder
         print(STOPPING, flush=True)  # it came between the runs of Ray
         finished, interrupted = False, True
     time_is_over = phase.left_s <= 0 and not (interrupted or phase.interrupted)
-    conclude(folder, sweep, finished, time_is_over)
+    conclude(folder, sweep, finished, time_is_over, phase.reported)
     return finished or time_is_over
 
 
@@ -219,7 +219,9 @@ def search(phase: "driver.Phase", plan: Plan, folder: Path) -> bool:  # noqa: F8
     return phase.run(again, None, early_stop=False)
 
 
-def conclude(folder: Path, sweep: Sweep, finished: bool, time_is_over: bool = False) -> None:
+def conclude(
+    folder: Path, sweep: Sweep, finished: bool, time_is_over: bool = False, reported: list[Trial] | None = None
+) -> None:
     """Writes the result and prints what is known.
 
     Args:
@@ -227,11 +229,11 @@ def conclude(folder: Path, sweep: Sweep, finished: bool, time_is_over: bool = Fa
         sweep: its record.
         finished: whether all trials have ended.
         time_is_over: whether that is why they have not.
+        reported: trials as the results tell them that are written already, such as when the last trial ended.
     """
     found = trials.read_all(folder)
-    keeping.keep_best(folder, found, [])
-    results.write(folder, sweep, found)
-    keeping.write_best(folder, sweep, found, [])
+    if found != reported:
+        results.update(folder, sweep, found, [])
     print(f"\n{table(found, ())}\n\n{results.verdict(sweep, found)}")
     names = (keeping.BEST_FILE, keeping.BEST, results.CSV_FILE, results.HTML_FILE)
     for path in (folder / name for name in names):

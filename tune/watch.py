@@ -38,6 +38,8 @@ class Watch(Callback):
         self._since_s: dict[str, float] = {}
         self.interrupted = False
         """Whether Ctrl-C has been pressed."""
+        self.reported: list[Trial] | None = None
+        """The trials as the last results tell them; None where others were running then, or none has ended."""
 
     def setup(self, **info: Any) -> None:
         """Ray has begun; at Ctrl-C it ends the trials, which takes seconds, without a word."""
@@ -83,17 +85,21 @@ class Watch(Callback):
     def _ended(self, trial: Any) -> None:
         self._running.pop(trial.trial_id, None)
         found, number = trials_of(self._folder), trial.config["number"]
+        this = next(one for one in found if one.number == number)
         if self._suggestions is not None:
-            self._suggestions.ended(next(one for one in found if one.number == number))
-        sweep, live = trials.read_sweep(self._folder), list(self._running.values())
-        try:
-            keeping.keep_best(self._folder, found, live)
-            keeping.write_best(self._folder, sweep, found, live)
-            results.write(self._folder, sweep, found)
-        except OSError as error:  # a full disk may have room again when the next trial ends
-            print(f"warning: {keeping.in_words(error)}; the results are of before trial {number}", flush=True)
+            self._suggestions.ended(this)
+        if this.status != "unfinished":  # one that Ray has stopped goes on later: the sweep ends, and reports then
+            self._update(found, number)
         shutil.rmtree(trials_folder(self._folder, trial) / "ray", ignore_errors=True)
         self._show(force=True)
+
+    def _update(self, found: list[Trial], number: int) -> None:
+        live = list(self._running.values())
+        try:
+            results.update(self._folder, trials.read_sweep(self._folder), found, live)
+            self.reported = None if live else found
+        except OSError as error:  # a full disk may have room again when the next trial ends
+            print(f"warning: {keeping.in_words(error)}; the results are of before trial {number}", flush=True)
 
     def _show(self, force: bool = False) -> None:
         self._shown.show(trials_of(self._folder), list(self._running.values()), force)

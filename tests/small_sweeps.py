@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 from sft.config import TrainConfig
 from tune.options import Plan, SweepConfig
@@ -64,3 +65,8 @@ def sweep(space: Space = SPACE, base: TrainConfig | None = None, **changes) -> S
 def plan(space: Space = SPACE, points=(), base: TrainConfig | None = None, resumed=None, **settings) -> Plan:
     """What the command line would give."""
     return Plan(SweepConfig(**settings), base or TrainConfig(), space, tuple(points), resumed)
+
+
+def of_ray(number: int) -> SimpleNamespace:
+    """What Ray calls a trial."""
+    return SimpleNamespace(trial_id=f"id{number}", config={"number": number})

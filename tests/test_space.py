@@ -127,6 +127,23 @@ def test_the_seed_settings_parameters_are_told_where_something_tells_them():
     assert not found.holds(found.params_of(BASE))  # rank 64 is none of the choices
 
 
+def test_the_combinations_that_come_to_a_config():
+    rank, ratio = Axis("lora_rank", "choice", (32, 64)), Axis("ratio", "choice", (0.1, 1, 2))
+    found = Space((rank, ratio), {"lora_alpha": "ratio * lora_rank", "weight_decay": "0.003 * ratio"})
+    for config, wanted in (
+        (TrainConfig(lora_rank=64, lora_alpha=128, weight_decay=0.006), [{"lora_rank": 64, "ratio": 2}]),
+        (TrainConfig(lora_rank=32, lora_alpha=3, weight_decay=0.0003), [{"lora_rank": 32, "ratio": 0.1}]),
+        (TrainConfig(lora_rank=64, lora_alpha=64, weight_decay=0.006), []),
+        (TrainConfig(lora_rank=16, lora_alpha=32, weight_decay=0.006), []),
+    ):
+        assert list(found.combinations_of(config, BASE)) == wanted
+    assert 0.003 * 0.1 != 0.0003  # nor need a computed number be the written one
+    weights = ("dice_weight", "bce_weight")
+    scaled = Space(tuple(Axis(name, "choice", (0.5, 1.0, 2.0)) for name in weights), {}, weights)
+    same = [{"dice_weight": 1.0, "bce_weight": 0.5}, {"dice_weight": 2.0, "bce_weight": 1.0}]
+    assert list(scaled.combinations_of(BASE, BASE)) == same  # 1 and 0.5 once the sum is brought to 1.5
+
+
 def test_a_seed_setting_that_an_expression_cannot_take_tells_no_parameter():
     found = Space(
         (Axis("batch_size", "choice", (1, 2)), Axis("rate", "choice", (1e-4, 1e-3))),
@@ -201,6 +218,12 @@ def test_values_take_the_type_of_their_setting(read, text, values):
         ("lora_alpha: {expression: lora_rank.real}\nlora_rank: {choice: [8]}", "is not allowed; an expression has"),
         ("lora_alpha: {expression: min(9, lora_rank)}\nlora_rank: {choice: [8]}", "ends an expression at its comma"),
         ("lora_alpha: {expression: 3 / (lora_rank - 8)}\nlora_rank: {choice: [8]}", "division by zero"),
+        ("lora_alpha: {expression: lora_rank ** 400}\nlora_rank: {choice: [8]}",
+         r"lora_alpha = lora_rank \*\* 400 with lora_rank 8: a number beyond 1.8e\+308; keep what it multiplies or"),
+        ("lora_alpha: {expression: 1 << 99}\nlora_rank: {choice: [8]}", "lora_alpha: 1 << 99 is not allowed; an expr"),
+        ("lora_alpha: {expression: 9 * precision}\nprecision: {choice: [bf16]}", "9 .* precision is bf16, which is no"),
+        ("lora_alpha: {expression: 9 * lora_scope}\nlora_scope: {choice: [[mask_decoder]]}", r"'mask_decoder',\), "),
+        (f"r: {{choice: [1{'0' * 400}]}}\nlora_dropout: {{expression: r}}", "r: 10+ is no number"),
         ("lora_alpha: {expression: 99 * lora_rank}\nlora_rank: {choice: [8, 1024]}", "lora_rank 1024: .*101376"),
         ("x: {uniform: [0, 1]}\nlora_dropout: {expression: 5 * x * (1 - x)}", "with x 0[.].* lora_dropout = "),
         ("lora_alpha: {expression: 16}", "nothing varies"),

@@ -98,6 +98,48 @@ def test_of_a_grid_that_has_no_room_the_rest_is_counted():
     assert suggest.left_out(small.plan(num_trials=4)) == 0
 
 
+SEED_IN_GRID = TrainConfig(lora_rank=16, lora_dropout=0.1)  # the fifth combination
+
+
+def test_what_the_seed_setting_tries_is_no_second_trial_of_a_grid():
+    plan = small.plan(GRID, search="grid", num_trials=32, base=SEED_IN_GRID)
+    found, combinations = session(plan), list(GRID.grid())
+    assert [trial.params for trial in found[1:]] == combinations[:4] + combinations[5:]
+    assert found[0].params == combinations[4] and found[0].origin == SEED_SETTING
+    assert (len(found), suggest.new_trials(plan), suggest.left_out(plan), suggest.tried_anyway(plan)) == (6, 6, 0, 1)
+    fewer = small.plan(GRID, search="grid", num_trials=4, base=SEED_IN_GRID)
+    assert (suggest.new_trials(fewer), suggest.left_out(fewer)) == (4, 2)
+    for count in range(1, 6):  # whenever it is interrupted
+        assert session(plan, session(plan, count=count)) == found
+    assert suggest.tried_anyway(small.plan(GRID, search="grid")) == 0
+    assert suggest.tried_anyway(small.plan(GRID, base=SEED_IN_GRID)) == 0  # a random search tries no combinations
+
+
+def test_what_a_given_point_tries_is_no_second_trial_of_a_grid():
+    points = [{"lora_dropout": 0.0}, {"lora_rank": 8, "lora_dropout": 0.2}, {"lora_rank": 64}]  # the last is none of it
+    plan = small.plan(GRID, points, SEED_IN_GRID, search="grid", num_trials=32)
+    found, combinations = session(plan), list(GRID.grid())
+    assert [trial.params for trial in found[4:]] == [combinations[number] for number in (0, 1, 5)]
+    assert (suggest.new_trials(plan), suggest.tried_anyway(plan)) == (7, 3)
+
+
+def test_a_grid_whose_only_combination_is_the_seed_settings_has_one_trial():
+    plan = small.plan(Space((Axis("lora_rank", "choice", (64,)),), {}), search="grid")
+    assert session(plan) == [ended(Trial(0, SEED_SETTING, {"lora_rank": 64}, {}), 0.5)]
+    assert suggest.new_trials(plan) == 1
+
+
+def test_a_grid_that_has_tried_the_seed_setting_twice_leaves_no_other_combination_out():
+    """A sweep may have been begun when it did."""
+    plan = small.plan(GRID, search="grid", num_trials=32, base=SEED_IN_GRID)
+    known = [Trial(0, SEED_SETTING, {"lora_rank": 16, "lora_dropout": 0.1}, {})]
+    known += [Trial(number, "grid", params, params) for number, params in enumerate(list(GRID.grid())[:5], start=1)]
+    known = [ended(trial, 0.5) for trial in known]
+    assert suggest.new_trials(plan, known) == 7
+    (last,) = drawn(Suggestions(plan, known))
+    assert (last.number, last.params) == (6, {"lora_rank": 16, "lora_dropout": 0.2})
+
+
 # Optuna
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +125,18 @@ def test_a_kill_loses_nothing_finished_and_at_most_one_epoch(tmp_path_factory, k
     assert found["finished lost"] == 0
     assert found["epochs again, at most"] <= 1
     assert found["ended after"] == found["of"]
+
+
+def test_ctrl_c_ends_with_one_line_the_table_and_code_130(folder):
+    sweep = folder / "sweeps" / "interrupted"
+    paths = ["--config", folder / "config.yaml", "--space", folder / "space.yaml", "--storage_path", sweep.parent]
+    words = ["--name", sweep.name, "--num_trials", TRIALS, "--grace", 1]
+    command = [sys.executable, str(ROOT / "tune" / "search.py"), *map(str, paths + words)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    sweep_drill.wait_for(lambda: sweep_drill.validations(sweep) or process.poll() is not None, "validation")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=sweep_drill.LIMIT_S)
+    assert (process.returncode, err) == (130, "")
+    before, _, after = out.partition("stopping: the trials end, the table follows; press Ctrl-C again")
+    assert "0 (seed setting)" not in before and "0 (seed setting)" in after
+    assert f"trials have not ended: python tune/search.py --resume {sweep}" in after

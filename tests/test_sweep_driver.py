@@ -1,155 +1,24 @@
-"""The driver of a sweep without a cluster: what a trial takes, whose folder it is, what is noted when a trial ends."""
+"""A sweep and its driver without a cluster: whose folder it is, what is asked of Ray, how it ends."""
 
+import contextlib
 import dataclasses
 import io
-import json
 import os
-import shutil
-import socket
+import signal
 from types import SimpleNamespace
 
 import pytest
-import ray
 import small_sweeps as small
-from ray.tune.execution.tune_controller import TuneController
+from ray.tune.tune import _setup_signal_catching
 
 from sft.config import TrainConfig
-from sft.ranks import rank_environ
 from sft.settings import UserError
-from tune import driver, keeping, results, suggest, sweep, trials
-from tune.driver import Queue, Watch, resources
+from tune import driver, keeping, nodes, results, suggest, sweep, trials
+from tune.driver import Queue
 from tune.options import SweepConfig
-from tune.progress import LiveTable
-from tune.trial_run import CRASH_FILE
+from tune.progress import STOPPING, LiveTable
+from tune.space import Axis, Space
 from tune.trials import Trial
-
-# What a trial takes
-
-
-def nodes(*machines: tuple[int, int]) -> list[dict]:
-    """What Ray tells of machines with so many cores and GPUs, and of one that is gone."""
-    told = [{"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {}) for cpus, gpus in machines]
-    return [{"Alive": True, "Resources": one} for one in told] + [{"Alive": False, "Resources": {"CPU": 99.0}}]
-
-
-@pytest.mark.parametrize(
-    ("cluster", "settings", "needs", "concurrent"),
-    [
-        ((8, 0), {}, (1, 0), 8),
-        ((8, 0), {"gpus_per_trial": 2}, (1, 0), 8),  # without GPUs of no effect
-        ((8, 0), {"cpus_per_trial": 3}, (3, 0), 2),
-        ((8, 0), {"ranks_per_trial": 2}, (2, 0), 4),
-        ((8, 0), {"ranks_per_trial": 2, "cpus_per_trial": 1}, (2, 0), 4),  # a core for each rank
-        ((8, 0), {"max_concurrent": 3}, (1, 0), 3),
-        ((8, 0), {"max_concurrent": 99}, (1, 0), 8),
-        ((16, 4), {}, (4, 1), 4),
-        ((16, 3), {"gpus_per_trial": 2}, (16, 2), 1),
-        ((16, 4), {"gpus_per_trial": 2, "ranks_per_trial": 2}, (8, 2), 2),
-        ((32, 4), {"gpus_per_trial": 0.5}, (4, 0.5), 8),
-        ((32, 2), {"gpus_per_trial": 0.3}, (5, 0.3), 6),  # three lie whole on each
-        ((32, 5), {"gpus_per_trial": 0.4}, (3, 0.4), 10),  # two on each, not 12 of 5 / 0.4
-        ((32, 2), {"gpus_per_trial": 0.75}, (16, 0.75), 2),
-        ((32, 1), {"gpus_per_trial": 0.1}, (3, 0.1), 10),
-        ((2, 4), {}, (1, 1), 2),  # cores are short
-    ],
-)
-def test_what_a_trial_takes_and_how_many_run_at_a_time(monkeypatch, cluster, settings, needs, concurrent):
-    monkeypatch.setattr(ray, "nodes", lambda: nodes(cluster))
-    assert resources(SweepConfig(**settings)) == ({"CPU": needs[0], "GPU": needs[1]}, concurrent)
-
-
-@pytest.mark.parametrize(
-    ("cluster", "settings", "message"),
-    [
-        ((8, 1), {"gpus_per_trial": 2}, "gpus_per_trial = 2, but there are 1 GPUs; give at most 1"),
-        ((8, 4), {"ranks_per_trial": 2}, "ranks_per_trial = 2 needs a GPU for each rank: give --gpus_per_trial 2"),
-        (
-            (2, 0),
-            {"cpus_per_trial": 3},
-            "a trial of 1 ranks takes 3 cores, but there are 2; give fewer --cpus_per_trial",
-        ),
-        ((2, 0), {"ranks_per_trial": 4}, "a trial of 4 ranks takes 4 cores, but there are 2"),
-    ],
-)
-def test_what_does_not_fit_is_told(monkeypatch, cluster, settings, message):
-    monkeypatch.setattr(ray, "nodes", lambda: nodes(cluster))
-    with pytest.raises(UserError, match=message):
-        resources(SweepConfig(**settings))
-
-
-@pytest.mark.parametrize(
-    ("machines", "settings", "needs", "concurrent"),
-    [
-        (((96, 0), (8, 4)), {}, (2, 1), 4),  # a head without GPUs: its cores are no trial's
-        (((64, 4), (8, 4)), {}, (2, 1), 8),  # what the smaller one can give
-        (((64, 4), (8, 4)), {"cpus_per_trial": 4}, (4, 1), 6),
-        (((16, 1), (16, 1)), {"gpus_per_trial": 2}, (32, 2), 1),  # ranks may lie on two machines
-        (((3, 0), (3, 0)), {"cpus_per_trial": 2}, (2, 0), 2),
-        (((2, 0), (2, 0)), {"ranks_per_trial": 4}, (4, 0), 1),
-    ],
-)
-def test_a_trial_lies_on_one_machine_of_several_and_its_ranks_on_any(
-    monkeypatch, machines, settings, needs, concurrent
-):
-    monkeypatch.setattr(ray, "nodes", lambda: nodes(*machines))
-    assert resources(SweepConfig(**settings)) == ({"CPU": needs[0], "GPU": needs[1]}, concurrent)
-
-
-def test_a_trial_for_which_no_machine_has_the_cores_is_told(monkeypatch):
-    """Ray would wait for such a machine forever."""
-    monkeypatch.setattr(ray, "nodes", lambda: nodes((2, 0), (2, 0)))
-    with pytest.raises(UserError, match="a trial of 1 ranks takes 3 cores, but there are 2"):
-        resources(SweepConfig(cpus_per_trial=3))
-
-
-def test_trials_inherit_neither_rank_nor_port_of_the_driver(monkeypatch):
-    started = []
-    monkeypatch.setattr(ray, "init", lambda **options: started.append((options, dict(os.environ))))
-    monkeypatch.setattr(
-        os, "environ", dict(os.environ) | rank_environ(1, 2) | {"MASTER_PORT": "1234", "PYTHONPATH": "/mine"}
-    )
-    driver.start_ray(None, ["3", "5"])
-    ((options, environ),) = started
-    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & environ.keys()
-    assert options["num_gpus"] == 2 and options["address"] == "local"
-    assert options["runtime_env"]["env_vars"]["PYTHONPATH"].split(os.pathsep) == [str(driver.ROOT), "/mine"]
-
-
-def test_ray_lets_a_trial_end_without_a_dice(monkeypatch):
-    """Otherwise the first trial that fails before its first validation ends the sweep."""
-    monkeypatch.setattr(ray, "init", lambda **_: None)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    driver.start_ray(None, [])
-    asks = SimpleNamespace(metric="dice_so_far")
-    controller = SimpleNamespace(_metric=None, _search_alg=asks, _scheduler_alg=asks)
-    TuneController._validate_result_metrics(controller, {"done": True, "config/number": 3, "config/ranks": 1})
-
-
-def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch):
-    def refuse(**_):
-        raise ConnectionError("could not\nconnect")
-
-    monkeypatch.setattr(ray, "init", refuse)
-    monkeypatch.setattr(driver.socket, "create_connection", lambda *_, **__: io.BytesIO())
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    with pytest.raises(
-        UserError, match="address head:6379: no Ray cluster answers .could not connect.; ray start --head"
-    ):
-        driver.start_ray("head:6379", [])
-
-
-@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
-def test_where_nobody_listens_ray_is_not_asked(monkeypatch, form):
-    """It would ask for minutes."""
-    with socket.socket() as holder:  # bound, so that nobody else is given the port, but it does not listen
-        holder.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("asked"))
-        monkeypatch.setattr(os, "environ", dict(os.environ))
-        with pytest.raises(UserError, match="no Ray cluster answers .*refused.*; ray start --head first"):
-            driver.start_ray(form.format(holder.getsockname()[1]), [])
-    with pytest.raises(UserError, match=f"address localhost:{10**30}: no Ray cluster answers"):
-        driver.start_ray(f"localhost:{10**30}", [])
-
 
 # The folder
 
@@ -161,8 +30,8 @@ def without_ray(monkeypatch):
     def refuse(_):
         raise UserError("gpus_per_trial = 9, but there are 0 GPUs")
 
-    monkeypatch.setattr(driver, "start_ray", lambda *_: None)
-    monkeypatch.setattr(driver, "resources", refuse)
+    monkeypatch.setattr(nodes, "start_ray", lambda *_: None)
+    monkeypatch.setattr(nodes, "resources", refuse)
     monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
 
 
@@ -190,8 +59,8 @@ def test_a_sweep_that_is_continued_is_never_deleted_nor_changed_by_a_mistake(tmp
 @pytest.fixture
 def without_trials(monkeypatch):
     """Up to the search, whose place `sweep.search` is, and after it."""
-    monkeypatch.setattr(driver, "start_ray", lambda *_: None)
-    monkeypatch.setattr(driver, "resources", lambda _: ({"CPU": 1, "GPU": 0.0}, 1))
+    monkeypatch.setattr(nodes, "start_ray", lambda *_: None)
+    monkeypatch.setattr(nodes, "resources", lambda _: ({"CPU": 1, "GPU": 0.0}, 1))
     monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sweep, "prepare", lambda plan, record, *_: (plan, record))
     monkeypatch.setattr(sweep, "search", lambda *_: True)
@@ -207,6 +76,23 @@ def test_a_full_disk_ends_in_one_line_that_says_how_to_go_on(tmp_path, without_t
     with pytest.raises(UserError, match=rf"No space left on device; free some space, .* --resume {tmp_path / 'a'}$"):
         sweep.run(plan)
     assert (tmp_path / "a" / trials.SWEEP_FILE).exists()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_once_a_sweep_has_ended_ctrl_c_does_not_disturb_rays_own_end(
+    tmp_path, without_trials, monkeypatch, interrupted
+):
+    def conclude(*_):
+        if interrupted:
+            raise KeyboardInterrupt
+
+    handlers = []
+    monkeypatch.setattr(sweep, "conclude", conclude)
+    monkeypatch.setattr(sweep.signal, "signal", lambda *given: handlers.append(given))
+    with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
+        sweep.run(small.plan(storage_path=str(tmp_path), name="a"))
+    assert [number for number, _ in handlers] == [signal.SIGTERM, signal.SIGINT]
+    assert handlers[-1] == (signal.SIGINT, signal.SIG_IGN)
 
 
 def test_any_other_failure_keeps_its_traceback(tmp_path, without_trials, monkeypatch):
@@ -252,10 +138,38 @@ def test_the_first_look_asks_for_the_room_of_one_trial_at_the_highest_rank(tmp_p
         asked.append((config.keep, config.lora_rank, config.output_dir))
         return [SimpleNamespace(features="none", batch_size=1, split={}, checkpoint_bytes=1)]
 
-    monkeypatch.setattr(driver, "prepare_nodes", look)
+    monkeypatch.setattr(nodes, "prepare_nodes", look)
     plan = small.plan(base=TrainConfig(lora_rank=8))
     sweep.prepare(plan, small.sweep(), tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
     assert asked == [("latest", 32, str(tmp_path))]
+
+
+@pytest.fixture
+def no_features(monkeypatch):
+    """In place of the first look on every node; a batch of 4 fits."""
+    found = SimpleNamespace(features="none", batch_size=4, split={}, checkpoint_bytes=1)
+    monkeypatch.setattr(nodes, "prepare_nodes", lambda *_: [found])
+
+
+@pytest.mark.parametrize(("rank", "told"), [(16, "1 combinations of the grid are tried as seed setting"), (64, "")])
+def test_that_a_grid_does_not_try_the_seed_setting_again_is_told(tmp_path, no_features, capsys, rank, told):
+    plan = small.plan(small.GRID, search="grid", base=TrainConfig(lora_rank=rank, lora_dropout=0.1))
+    record = sweep.record(plan, tmp_path)
+    assert record.num_trials == (6 if told else 7)
+    sweep.prepare(plan, record, tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{record.num_trials} trials") and shown.count("combinations") == bool(told)
+    assert told in shown
+
+
+def test_a_grid_is_counted_anew_where_the_batch_size_is_settled(tmp_path, no_features):
+    space = Space((Axis("batch_size", "choice", (2, 4, 8)),), {})
+    plan = small.plan(space, search="grid", base=TrainConfig(batch_size="auto"))
+    record = sweep.record(plan, tmp_path)
+    assert record.num_trials == 1 + 3
+    plan, record = sweep.prepare(plan, record, tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
+    assert (plan.seed_setting.batch_size, record.num_trials, trials.read_sweep(tmp_path).num_trials) == (4, 3, 3)
+    assert len(list(iter(suggest.Suggestions(plan, ()).next, None))) == 3
 
 
 def test_trials_read_features_from_the_disk_they_share():
@@ -271,10 +185,6 @@ def test_trials_read_features_from_the_disk_they_share():
 # What Ray asks, and is told
 
 
-def of_ray(number: int) -> SimpleNamespace:
-    return SimpleNamespace(trial_id=f"id{number}", config={"number": number})
-
-
 def test_the_queue_gives_what_waits_then_what_is_new_and_makes_the_folders(tmp_path):
     plan = small.plan(num_trials=3)
     known = [small.trial(0, [0.5]), small.trial(1, [0.4], "unfinished")]
@@ -285,76 +195,6 @@ def test_the_queue_gives_what_waits_then_what_is_new_and_makes_the_folders(tmp_p
     assert Queue(tmp_path, [], None, {}).suggest("d") == Queue.FINISHED
 
 
-@pytest.fixture
-def watch(tmp_path, monkeypatch):
-    """Over two trials, of which 1 has begun; the report is not drawn."""
-    monkeypatch.setattr(results, "write", lambda *_: None)
-    trials.write_sweep(tmp_path, small.sweep())
-    for one in (small.trial(0, [0.5]), small.trial(1, status="unfinished")):
-        small.put(tmp_path, one)
-    made = Watch(tmp_path, LiveTable(small.sweep(), 2, io.StringIO()), None)
-    made.on_trial_start(0, [], of_ray(1))
-    return made
-
-
-def test_a_trial_that_crashes_for_good_is_noted_with_its_reason_and_its_time(tmp_path, watch, monkeypatch):
-    crash = trials.folder_of(tmp_path, 1) / CRASH_FILE
-    crash.write_text("Traceback\n  File\nRuntimeError: first\nTraceback\nRuntimeError: a worm\n\n")
-    begun_s = watch._since_s["id1"]
-    monkeypatch.setattr(driver.time, "monotonic", lambda: begun_s + 42.0)
-    watch.on_trial_start(0, [], of_ray(1))  # a further attempt
-    watch.on_trial_error(0, [], of_ray(1))
-    found = trials.read(crash.parent)
-    assert (found.status, found.reason) == ("failed", "crashed 3 times: RuntimeError: a worm")
-    assert found.device_s == pytest.approx(42.0)
-    watch.on_trial_error(0, [], of_ray(1))
-    assert trials.read(crash.parent) == found  # what is noted stays
-
-
-@pytest.mark.parametrize("crash", [None, "", "\n"])
-def test_a_process_that_died_without_a_word_is_noted_so(tmp_path, watch, crash):
-    folder = trials.folder_of(tmp_path, 1)
-    if crash is not None:
-        (folder / CRASH_FILE).write_text(crash)
-    watch.on_trial_error(0, [], of_ray(1))
-    assert trials.read(folder).reason == "crashed 3 times: its process died"
-
-
-def test_when_a_trial_ends_the_search_hears_of_it_and_the_best_is_written(tmp_path, watch):
-    heard = []
-    watch._suggestions = SimpleNamespace(ended=heard.append)
-    folder = trials.folder_of(tmp_path, 1)
-    for row in small.rows([0.7]):
-        trials.append_row(folder, row)
-    trials.write_outcome(folder, "stopped", "behind")
-    (folder / "ray").mkdir()
-    watch.on_trial_complete(0, [], of_ray(1))
-    assert heard == [trials.read(folder)] and not (folder / "ray").exists()
-    assert (tmp_path / keeping.BEST_FILE).read_text().startswith("# Trial 1 of sweep_1: validation Dice 0.7000")
-    assert json.loads((folder / "outcome.json").read_text())["status"] == "stopped"
-
-
-COPY_ERROR = shutil.Error([("a/adapter", "b/adapter", "[Errno 28] No space left on device")] * 2)
-
-
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (COPY_ERROR, "b/adapter: [Errno 28] No space left on device"),
-        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),  # a write names no file
-        (OSError(13, "Permission denied", "b/best.yaml"), "b/best.yaml: Permission denied"),
-    ],
-)
-def test_what_cannot_be_written_when_a_trial_ends_is_told_in_words(tmp_path, watch, monkeypatch, capsys, error, told):
-    def full(*_):
-        raise error
-
-    monkeypatch.setattr(keeping, "keep_best", full)
-    trials.write_outcome(trials.folder_of(tmp_path, 1), "failed", "a reason")
-    watch.on_trial_complete(0, [], of_ray(1))
-    assert capsys.readouterr().out == f"warning: {told}; the results are of before trial 1\n"
-
-
 def test_a_search_that_ends_between_two_trials_has_not_ended(tmp_path, monkeypatch):
     """Otherwise the repeats would follow, and trials that never began would be forgotten."""
     monkeypatch.setattr(driver.tune, "Tuner", lambda *_, **__: SimpleNamespace(fit=lambda: None))
@@ -363,6 +203,146 @@ def test_a_search_that_ends_between_two_trials_has_not_ended(tmp_path, monkeypat
         plan = small.plan(num_trials=num_trials, seeds=1)
         phase = driver.Phase(plan, small.sweep(), tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
         assert sweep.search(phase, plan, tmp_path) is ended
+
+
+# Ctrl-C
+
+
+@pytest.fixture
+def tuner(tmp_path, monkeypatch):
+    """In place of Ray's: asks for Ctrl-C as Ray does, then does what a test says; what is shown is in `shown`."""
+    stream, made = io.StringIO(), SimpleNamespace(shown=lambda: stream.getvalue(), during=lambda stopped: None)
+
+    class Tuner:
+        def __init__(self, *_, run_config, **__):
+            made.watch = run_config.callbacks[0]
+
+        def fit(self):
+            stopped = _setup_signal_catching()
+            made.watch.setup(stop=None, num_samples=1, total_num_samples=1)
+            made.during(stopped)
+
+    monkeypatch.setattr(driver.tune, "Tuner", Tuner)
+    monkeypatch.setattr(driver, "LiveTable", lambda record, total: LiveTable(record, total, stream))
+    before = signal.getsignal(signal.SIGINT)
+    small.put(tmp_path, small.trial(0, [0.5], "unfinished"))
+    made.plan = small.plan(num_trials=1)
+    made.phase = driver.Phase(made.plan, small.sweep(num_trials=1), tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
+    yield made
+    signal.signal(signal.SIGINT, before)
+
+
+def ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_at_ctrl_c_a_line_is_told_before_ray_has_ended_its_trials(tmp_path, tuner):
+    told = []
+
+    def once(stopped):
+        assert not stopped.is_set()
+        ctrl_c()
+        told.append((stopped.is_set(), tuner.shown()))
+
+    tuner.during = once
+    assert sweep.search(tuner.phase, tuner.plan, tmp_path) is False and tuner.phase.interrupted
+    assert told == [(True, f"{STOPPING}\n")] and STOPPING.startswith("stopping: ")
+
+
+def test_after_ctrl_c_the_table_follows_and_a_second_one_leaves_without_it(tmp_path, tuner, capsys, monkeypatch):
+    monkeypatch.setattr(results, "write", lambda *_: None)
+    monkeypatch.setattr(results, "verdict", lambda *_: "a verdict")
+    record = small.sweep(num_trials=1)
+    tuner.during = lambda stopped: ctrl_c()
+    assert sweep._search_and_conclude(tuner.phase, tuner.plan, record, tmp_path) is False
+    assert "a verdict" in capsys.readouterr().out
+    tuner.during = lambda stopped: (ctrl_c(), ctrl_c())
+    with pytest.raises(KeyboardInterrupt):
+        sweep._search_and_conclude(tuner.phase, tuner.plan, record, tmp_path)
+    assert capsys.readouterr().out == "" and tuner.shown().count(STOPPING) == 2
+
+
+def test_ctrl_c_between_two_runs_of_ray_is_told_too(tmp_path, tuner, capsys, monkeypatch):
+    monkeypatch.setattr(results, "write", lambda *_: None)
+    monkeypatch.setattr(results, "verdict", lambda *_: "a verdict")
+    monkeypatch.setattr(sweep, "search", lambda *_: ctrl_c())
+    assert sweep._search_and_conclude(tuner.phase, tuner.plan, small.sweep(num_trials=1), tmp_path) is False
+    shown = capsys.readouterr().out
+    assert shown.startswith(STOPPING) and "a verdict" in shown
+
+
+def test_a_run_of_ray_that_nobody_interrupts_leaves_ctrl_c_as_it_was(tmp_path, tuner):
+    """Otherwise the first one after it would be swallowed, and the second of a later run."""
+    before = signal.getsignal(signal.SIGINT)
+    sweep.search(tuner.phase, tuner.plan, tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before and not tuner.phase.interrupted
+
+
+def test_a_terminal_that_is_held_up_keeps_no_sweep_from_stopping(tmp_path, tuner, monkeypatch):
+    def held_up(*_):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
+
+    monkeypatch.setattr(LiveTable, "say", held_up)
+    seen = []
+    tuner.during = lambda stopped: (ctrl_c(), seen.append(stopped.is_set()))
+    sweep.search(tuner.phase, tuner.plan, tmp_path)
+    assert seen == [True]
+
+
+# Time
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "during", "code", "told"),
+    [
+        (60.0, lambda stopped: None, 0, "time_budget_s = 60 is over, and 2 trials have not ended: python tune/"),
+        (59.0, lambda stopped: None, 130, "\n2 trials have not ended: python tune/"),  # a disk was full
+        (60.0, lambda stopped: ctrl_c(), 130, "\n2 trials have not ended: python tune/"),
+    ],
+)
+def test_a_sweep_whose_time_is_over_has_ended_as_asked(
+    tuner, tmp_path, monkeypatch, capsys, waited_s, during, code, told
+):
+    plan = small.plan(num_trials=2, time_budget_s=60, storage_path=str(tmp_path / "sweeps"), name="a")
+    folder, now = tmp_path / "sweeps" / "a", {"s": 0.0}
+    monkeypatch.setattr(driver.time, "monotonic", lambda: now["s"])
+    monkeypatch.setattr(nodes, "start_ray", lambda *_: None)
+    monkeypatch.setattr(nodes, "resources", lambda _: ({"CPU": 1, "GPU": 0.0}, 1))
+    monkeypatch.setattr(sweep, "prepare", lambda plan, record, *_: (plan, record))
+    monkeypatch.setattr(results, "write", lambda *_: None)
+    monkeypatch.setattr(results, "verdict", lambda *_: "a verdict")
+
+    def some_time(stopped):
+        small.put(folder, small.trial(0, [0.5], "unfinished"))
+        during(stopped)
+        now["s"] += waited_s
+
+    tuner.during = some_time
+    assert sweep.run(plan) == code
+    shown = capsys.readouterr().out
+    assert f"{told}search.py --resume {folder}\n" in shown and shown.count("have not ended") == 1
+
+
+ENDED = [small.trial(number, [0.5 + number / 10]) for number in range(4)]  # the seed setting is none of the best three
+
+
+@pytest.mark.parametrize(
+    ("seeds", "begun", "left"),
+    [
+        (1, [small.trial(0, [0.5])], 3),  # of 4
+        (3, [small.trial(0, [0.5], "unfinished"), small.trial(1, [0.6])], 3),  # repeats are not known yet
+        (3, ENDED, 8),
+        (2, [*ENDED, small.repeat(4, 0, 43, status="unfinished")], 4),
+        (1, ENDED, 0),
+    ],
+)
+def test_trials_that_are_left_are_counted_with_the_repeats_to_come(tmp_path, monkeypatch, capsys, seeds, begun, left):
+    monkeypatch.setattr(results, "write", lambda *_: None)
+    for one in begun:
+        small.put(tmp_path, one)
+    record = small.sweep(options=dataclasses.asdict(SweepConfig(seeds=seeds)))
+    sweep.conclude(tmp_path, record, finished=False)
+    assert f"\n{left} trials have not ended" in capsys.readouterr().out
 
 
 def test_repeats_have_what_time_the_search_has_left(tmp_path, monkeypatch):
@@ -397,9 +377,47 @@ def test_a_sweep_whose_trials_have_all_ended_starts_nothing(tmp_path):
     assert sweep.search(phase, plan, tmp_path)
 
 
-def test_a_trial_that_lacked_room_on_a_disk_goes_on_later(tmp_path, watch, capsys):
-    folder = trials.folder_of(tmp_path, 1)
-    (folder / CRASH_FILE).write_text("Traceback\nsft.settings.DiskError: checkpoint_latest: No space left; free some\n")
-    watch.on_trial_error(0, [], of_ray(1))
-    assert trials.read(folder).status == "unfinished"
-    assert "warning: trial 1 has not ended: checkpoint_latest: No space left; free some" in capsys.readouterr().out
+# The results
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """Epochs of every trial each time the results are written."""
+    told = []
+    monkeypatch.setattr(results, "verdict", lambda *_: "a verdict")
+    monkeypatch.setattr(results, "update", lambda _, record, found, live: told.append([one.epoch for one in found]))
+    return told
+
+
+def test_a_sweep_that_ends_by_itself_writes_its_results_once(tmp_path, tuner, updates):
+    trials.write_sweep(tmp_path, small.sweep())
+
+    def end(stopped):
+        tuner.watch.on_trial_start(0, [], small.of_ray(0))
+        trials.write_outcome(trials.folder_of(tmp_path, 0), "finished")
+        tuner.watch.on_trial_complete(0, [], small.of_ray(0))
+
+    tuner.during = end
+    assert sweep._search_and_conclude(tuner.phase, tuner.plan, small.sweep(num_trials=1), tmp_path)
+    assert updates == [[1]]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_what_a_stopped_trial_has_come_to_is_in_the_results_once(tmp_path, tuner, updates, interrupted):
+    def stop(stopped):
+        tuner.watch.on_trial_start(0, [], small.of_ray(0))
+        trials.append_row(trials.folder_of(tmp_path, 0), small.rows([0.5, 0.6])[1])
+        if interrupted:
+            ctrl_c()
+        tuner.watch.on_trial_complete(0, [], small.of_ray(0))
+
+    tuner.during = stop
+    assert not sweep._search_and_conclude(tuner.phase, tuner.plan, small.sweep(num_trials=1), tmp_path)
+    assert updates == [[2]]
+
+
+def test_a_sweep_that_is_continued_with_nothing_to_do_writes_its_results_anew(tmp_path, tuner, updates):
+    """A kill may have come before they were written."""
+    trials.write_outcome(trials.folder_of(tmp_path, 0), "finished")
+    assert sweep._search_and_conclude(tuner.phase, tuner.plan, small.sweep(num_trials=1), tmp_path)
+    assert updates == [[1]]

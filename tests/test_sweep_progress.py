@@ -106,3 +106,17 @@ def test_on_a_terminal_the_table_is_drawn_over_itself_once_a_second(clock, monke
 
 def test_without_a_terminal_nobody_is_asked():
     LiveTable(small.sweep(), 4, io.StringIO()).tick(lambda: pytest.fail("asked"))
+
+
+def test_a_line_that_stays_takes_the_place_of_the_table(clock):
+    stream = Terminal()
+    shown = LiveTable(small.sweep(), 4, stream)
+    shown.show(FOUND, [2])
+    drawn = stream.getvalue()
+    shown.say("stopping")
+    assert stream.getvalue()[len(drawn) :] == f"\x1b[{drawn.count(chr(10))}A\x1b[Jstopping\n"
+    shown.show(FOUND, [2], force=True)  # below it
+    assert stream.getvalue().endswith(f"stopping\n{drawn}")
+    elsewhere = io.StringIO()
+    LiveTable(small.sweep(), 4, elsewhere).say("stopping")
+    assert elsewhere.getvalue() == "stopping\n"

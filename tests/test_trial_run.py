@@ -1,5 +1,6 @@
 """One trial where it runs, in this process: what is noted before anyone is told, what a second attempt goes on from."""
 
+import contextlib
 import json
 import math
 import os
@@ -113,9 +114,9 @@ def test_a_trial_has_its_settings_in_its_folder_and_the_split_of_the_sweep(sweep
 
 def test_a_trial_saves_at_every_validation(tmp_path):
     sweep = small.sweep(base=small_runs.settings(tmp_path, tmp_path, **SPARSE, include="localhost:1"))
-    config, missing = trial_run.settings_of(sweep, small.trial(3, settings={"lora_rank": 2}), tmp_path)
+    config = trial_run.settings_of(sweep, small.trial(3, settings={"lora_rank": 2}), tmp_path, None)
     assert (config.save_every, config.keep, config.resume, config.include) == (2, "latest", None, None)
-    assert (config.lora_rank, config.output_dir, missing) == (2, str(tmp_path), ())
+    assert (config.lora_rank, config.output_dir) == (2, str(tmp_path))
 
 
 # A second attempt
@@ -236,7 +237,7 @@ def test_of_several_ranks_one_writes_and_all_tell(sweep, monkeypatch):
     monkeypatch.setattr(trial_run, "_train", lambda config, split, on_validation: [on_validation(row) for row in rows])
     told = []
     begin(sweep, 40)
-    train_trial(sweep, 40, told.append)
+    train_trial(sweep, 40, told.append, lambda told: {"resume": None})
     folder = trials.folder_of(sweep, 40)
     assert [path.name for path in folder.iterdir()] == [trials.TRIAL_FILE]
     # The base's Dice, of epoch 0, is none of the trial's.
@@ -246,8 +247,94 @@ def test_of_several_ranks_one_writes_and_all_tell(sweep, monkeypatch):
         raise UserError("rank 0 tells it")
 
     monkeypatch.setattr(trial_run, "_train", mistaken)
-    train_trial(sweep, 40, told.append)
+    train_trial(sweep, 40, told.append, lambda told: {"resume": None})
     assert not (folder / OUTCOME_FILE).exists()
+
+
+@pytest.fixture
+def rank_1(sweep, monkeypatch):
+    """Starts rank 1 of a new trial of which rank 0 says `told`; gives the settings it trained with, and its reports."""
+    monkeypatch.setenv("RANK", "1")
+    configs, reports = [], []
+    monkeypatch.setattr(trial_run, "_train", lambda config, *_: configs.append(config))
+
+    def start(number: int, told: dict | None, meanwhile=lambda folder: None):
+        begin(sweep, number)
+
+        def share(mine):
+            assert mine is None
+            meanwhile(trials.folder_of(sweep, number))
+            return told
+
+        train_trial(sweep, number, reports.append, share)
+        return configs, reports
+
+    return start
+
+
+def test_other_ranks_look_at_the_trial_after_rank_0_has_waited_for_it(rank_1):
+    """A process whose driver was killed may train on until then."""
+
+    def orphan(folder):
+        for row in small.rows([0.5] * EPOCHS):
+            trials.append_row(folder, row)
+
+    configs, reports = rank_1(41, {"resume": None}, orphan)
+    assert configs == [] and [row["epoch"] for row in reports] == [EPOCHS]
+
+
+def test_other_ranks_go_on_from_the_checkpoint_that_rank_0_tells(rank_1, tmp_path):
+    rows = lambda folder: trials.append_row(folder, small.rows([0.5])[0])  # noqa: E731
+    (config,), reports = rank_1(42, {"resume": str(tmp_path)}, rows)
+    assert config.resume == str(tmp_path)
+    assert [row["epoch"] for row in reports] == [1]
+
+
+def test_other_ranks_end_where_rank_0_could_not_start(rank_1, sweep):
+    assert rank_1(43, None) == ([], [])
+    assert [path.name for path in trials.folder_of(sweep, 43).iterdir()] == [trials.TRIAL_FILE]
+
+
+def test_rank_0_tells_the_others_where_the_trial_stands_once_it_has_it(sweep, whole, monkeypatch):
+    folder = trials.folder_of(sweep, 0)
+    before = (folder / ROWS_FILE).read_text()
+    (folder / ROWS_FILE).write_text("".join(before.splitlines(keepends=True)[:3]))
+    (folder / OUTCOME_FILE).unlink()
+    monkeypatch.setattr(trial_run, "_train", fail)
+    shared = []
+
+    def share(told):
+        code = f"import fcntl; fcntl.flock(open({str(folder / trials.LOCK_FILE)!r}), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        held = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        shared.append((told, "BlockingIOError" in held.stderr, trials.read(folder).epoch))
+        return told
+
+    train_trial(sweep, 0, lambda row: None, share)
+    (run,) = folder.glob(checkpoint.RUN_PATTERN)
+    assert shared == [({"resume": str(checkpoint.newest(run))}, True, EPOCHS)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("another process still runs this trial"), UserError("changed")])
+def test_rank_0_tells_the_others_that_it_could_not_start(sweep, monkeypatch, error):
+    def refuse(_):
+        raise error
+
+    monkeypatch.setattr(trial_run, "_caught_up", refuse)
+    number, shared = (44 if isinstance(error, RuntimeError) else 45), []
+    begin(sweep, number)
+    with pytest.raises(RuntimeError) if number == 44 else contextlib.nullcontext():
+        train_trial(sweep, number, fail, shared.append)
+    found = trials.read(trials.folder_of(sweep, number))
+    assert shared == [None] and (found.status, found.reason) == (
+        ("unfinished", "") if number == 44 else ("failed", "changed")
+    )
+
+
+def test_ranks_of_a_trial_share_through_ray(monkeypatch):
+    called = []
+    monkeypatch.setattr(trial_run, "train_trial", lambda *arguments: called.append(arguments))
+    trial_run._rank_of_trial({"sweep": "/a", "number": 3})
+    assert called == [(Path("/a"), 3, trial_run.ray_train.report, trial_run.collective.broadcast_from_rank_zero)]
 
 
 def test_a_trial_of_one_rank_runs_where_ray_started_it(monkeypatch):

@@ -8,7 +8,7 @@ import small_sweeps as small
 
 from sft.config import TrainConfig, override
 from sft.settings import UserError
-from tune import trials
+from tune import keeping, results, trials
 from tune.trials import OUTCOME_FILE, ROWS_FILE, SEED_SETTING, TRIAL_FILE, Trial, best_of
 
 
@@ -120,6 +120,38 @@ def test_json_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         trials.write_json(file, {"a": 2})
     assert trials.read_json(file) == {"a": 1}
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
+    file, calls, replace = tmp_path / "a", [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append(os.fstat(descriptor).st_size))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replaced") or replace(*paths))
+    trials.write_whole(file, b"\x89content")
+    assert calls == [8, "replaced"] and file.read_bytes() == b"\x89content"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_could_not_be_written_takes_no_room(tmp_path, monkeypatch):
+    file = tmp_path / "a"
+    trials.write_whole(file, b"old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        trials.write_whole(file, b"new")
+    assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("write", [keeping.write_best, lambda *given: results.write(*given[:3])])
+def test_what_is_written_whole_is_written_in_one_way(tmp_path, monkeypatch, write):
+    written = []
+    monkeypatch.setattr(os, "replace", lambda source, target: pytest.fail("beside it"))
+    for place in (trials, results):
+        monkeypatch.setattr(place, "write_whole", lambda file, content: written.append(file.name))
+    write(tmp_path, small.sweep(), [small.trial(0, [0.5])], [])
+    assert written and all(name.endswith((".yaml", ".csv", ".png", ".html")) for name in written)
 
 
 def test_the_best_is_the_earliest_of_the_highest_and_no_repeat():

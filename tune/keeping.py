@@ -77,9 +77,7 @@ def write_best(folder: Path, sweep: Sweep, found: Sequence[Trial], live: Sequenc
     base = TrainConfig(**sweep.base)
     settings = best.settings | {"feature_cache": "auto", "gpu": None, "include": None}
     text = f"# Trial {best.number} of {sweep.name}: validation Dice {best.dice_so_far:.4f}, {best.epoch} epochs\n"
-    partial = folder / f"{BEST_FILE}.partial"
-    partial.write_text(text + to_yaml(override(base, settings)), encoding="utf-8")
-    os.replace(partial, folder / BEST_FILE)
+    trials.write_whole(folder / BEST_FILE, (text + to_yaml(override(base, settings))).encode())
 
 
 def check_disk(folder: Path, one_bytes: int, concurrent: int) -> None:
@@ -106,6 +104,14 @@ def highest_rank(base: TrainConfig, space: Space, points: Sequence[dict[str, Any
     """The highest LoRA rank that a trial may have: by the space, the seed setting or a given point."""
     settings = [*points, *(space.settings(params, base) for params in probes(space))]
     return max([base.lora_rank, *(one["lora_rank"] for one in settings if "lora_rank" in one)])
+
+
+def in_words(error: OSError) -> str:
+    """What could not be written and why; of a folder that could not be copied its first file."""
+    if isinstance(error, shutil.Error):
+        _, target, reason = error.args[0][0]
+        return f"{target}: {reason}"
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def _delete_checkpoints(folder: Path, trial: Trial) -> None:

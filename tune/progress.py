@@ -13,6 +13,7 @@ from sft.report import format_duration
 from sft.settings import as_text
 from tune.trials import SEED_SETTING, Sweep, Trial, best_of
 
+STOPPING = "stopping: the trials end, the table follows; press Ctrl-C again to leave without it"
 REDRAW_S = 1.0
 NEW = (0, "unfinished")
 ROWS = 20  # of the live table: the running ones, then the best
@@ -69,6 +70,12 @@ class LiveTable:
         elif force or time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + REDRAW_S
             self._draw(f"{table(found, running, ROWS)}\n{self.summary(found, running)}")
+
+    def say(self, line: str) -> None:
+        """Prints a line that stays, on a terminal in place of the table that is shown."""
+        if self._live:
+            self._draw("")
+        print(line, file=self._stream, flush=True)
 
     def close(self, found: Sequence[Trial]) -> None:
         """Takes the live table off the terminal; elsewhere tells what has not been told."""

@@ -1,25 +1,39 @@
-"""What a sweep leaves to read: trials.csv, report.html and pictures/, written whole each time a trial ends.
+"""What a sweep leaves: the best adapter, trials.csv, report.html and pictures/, brought up to date when a trial ends.
 
-Takes the records of trials.py and makes everything from them anew. Knows nothing of Ray. What is heavy, matplotlib and
-scikit-learn, is imported when something is written.
+Takes the records of trials.py and makes what is to be read from them anew. Knows nothing of Ray. What is heavy,
+matplotlib and scikit-learn, is imported when something is written.
 """
 
 import csv
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sft.settings import as_text
+from tune import keeping
 from tune import space as spaces
 from tune.scales import MISSING, finite
 from tune.tally import Repeats, best_row, dice_of, repeat_of, repeats, verdict
-from tune.trials import Sweep, Trial
+from tune.trials import Sweep, Trial, write_whole
 
 CSV_FILE, HTML_FILE, PICTURES = "trials.csv", "report.html", "pictures"
 SCORES = ("dice_best", "threshold_best", "iou", "recall", "precision", "seg_rate")
 """Of the epoch of the best Dice; a score that was not taken stays empty."""
+
+
+def update(folder: Path, sweep: Sweep, trials: Sequence[Trial], live: Sequence[int]) -> None:
+    """Brings all that a sweep leaves up to date, the best adapter first: that makes room on a disk.
+
+    Args:
+        folder: the sweep's.
+        sweep: what is run.
+        trials: by number.
+        live: numbers of those that run.
+    """
+    keeping.keep_best(folder, trials, live)
+    keeping.write_best(folder, sweep, trials, live)
+    write(folder, sweep, trials)
 
 
 def write(folder: Path, sweep: Sweep, trials: Sequence[Trial]) -> str:
@@ -40,11 +54,11 @@ def write(folder: Path, sweep: Sweep, trials: Sequence[Trial]) -> str:
     pngs = pictures.draw_all(sweep, space, trials, found, sentence)
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     for name, png in pngs.items():
-        _replace(folder / PICTURES / f"{name}.png", png)
-    _replace(folder / CSV_FILE, trials_csv(sweep, trials).encode())
+        write_whole(folder / PICTURES / f"{name}.png", png)
+    write_whole(folder / CSV_FILE, trials_csv(sweep, trials).encode())
     if found is None:
         del pngs["importance"]  # the page says why in words
-    _replace(folder / HTML_FILE, page.page(sweep, trials, pngs, sentence, str(folder)).encode())
+    write_whole(folder / HTML_FILE, page.page(sweep, trials, pngs, sentence, str(folder)).encode())
     return verdict(sweep, trials)
 
 
@@ -99,10 +113,3 @@ def _csv_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     return as_text(value) if value is None or isinstance(value, bool) else str(value)
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Writes beside the file, then renames."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, file)

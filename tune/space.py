@@ -5,25 +5,21 @@ drawn values, expressions of them, weights brought to one sum). Imports nothing 
 not know Ray, trials or how a search proceeds.
 """
 
-import ast
 import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 from sft.config import TrainConfig, override
 from sft.settings import Setting, UserError, as_text, nearest, read_mapping, settings_of
+from tune import expression
 
 KINDS = ("choice", "uniform", "loguniform", "randint", "expression")
 SAME_SUM = "same_sum"  # the one key that is no parameter: weights scaled so that their sum is the seed setting's
-FUNCTIONS: dict[str, Callable] = {"min": min, "max": max, "round": round, "sqrt": math.sqrt, "log2": math.log2}
-SYNTAX = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Name, ast.Load, ast.Constant, ast.Call)
-SYNTAX += (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Pow, ast.USub, ast.UAdd)
 # What Dice is measured on, how long a trial may take, where it runs: the same for all trials, or Dice says nothing.
 FIXED = {"model_path", "data_root", "output_dir", "val_fraction", "val_list", "group_pattern", "folds", "fold", "seed"}
 FIXED |= {"num_epochs", "validate_every", "save_every", "save_format", "keep", "threshold", "tensorboard", "gpu"}
@@ -135,6 +131,24 @@ class Space:
                 known |= {axis.name: fits[0]} if fits else {}
         return {axis.name: known[axis.name] for axis in self.axes if axis.name in known}
 
+    def combinations_of(self, config: TrainConfig, seed_setting: TrainConfig) -> Iterator[Values]:
+        """The combinations of a grid whose trial would have this config: none, one, or several that come to the same.
+
+        Args:
+            config: the seed setting, or it with some settings of the space.
+            seed_setting: see `settings`.
+        """
+        told = settings_of(TrainConfig).keys() - set(self.same_sum)  # the others are told by the settings alone
+        choices = [
+            [value for value in axis.values if axis.name not in told or _alike(value, getattr(config, axis.name))]
+            for axis in self.axes
+        ]
+        for values in itertools.product(*choices):
+            params = dict(zip((axis.name for axis in self.axes), values, strict=True))
+            settings = self.settings(params, seed_setting)
+            if all(_alike(value, getattr(config, name)) for name, value in settings.items()):
+                yield params
+
     def holds(self, params: Values) -> bool:
         """Whether a search may have drawn these parameters: each axis has a value that lies on it."""
         return all(axis.name in params and params[axis.name] in axis for axis in self.axes)
@@ -143,7 +157,7 @@ class Space:
         """Whether a choice gives the config's values of all expressions that name its axis, as far as is known."""
         fields, known = settings_of(TrainConfig), known | {axis.name: value}
         computable = {
-            name: text for name, text in self.expressions.items() if axis.name in _names(text) <= known.keys()
+            name: text for name, text in self.expressions.items() if axis.name in expression.names(text) <= known.keys()
         }
         try:
             pairs = [
@@ -183,8 +197,8 @@ def _checked(content: dict[str, Any], seed_setting: TrainConfig) -> Space:
     if len(expressions) == len(entries):
         raise UserError("nothing varies; give at least one choice, uniform, loguniform or randint")
     for key, text in expressions.items():
-        _compiled(key, text)
-    used = {name for text in expressions.values() for name in _names(text)}
+        expression.check(key, text)
+    used = {name for text in expressions.values() for name in expression.names(text)}
     for key in content:
         _check_key(key, used, key in expressions)
     for name in sorted(used - content.keys()):
@@ -253,7 +267,7 @@ def _number(key: str, value: Any) -> int | float:
         number = value if isinstance(value, int) else float(value)  # YAML reads 1e-5 as text
         if not isinstance(value, bool) and math.isfinite(number):
             return number
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         pass
     raise UserError(f"{key}: {_text(value)} is no number; a name that is no setting stands for one in expressions")
 
@@ -292,7 +306,7 @@ def _in_order(expressions: dict[str, str]) -> dict[str, str]:
     """So that an expression comes after those it uses."""
     left, ordered = dict(expressions), {}
     while left:
-        ready = [name for name, text in left.items() if not _names(text) & left.keys()]
+        ready = [name for name, text in left.items() if not expression.names(text) & left.keys()]
         if not ready:
             raise UserError(f"the expressions of {', '.join(left)} need each other; write one without the other")
         ordered |= {name: left.pop(name) for name in ready}
@@ -307,41 +321,21 @@ def _corners(space: Space) -> Iterator[Values]:
     for axis in space.axes:
         for value in axis.values[1:]:
             yield lowest | {axis.name: value}
-    inside = [axis for axis in space.axes if any(axis.name in _names(text) for text in space.expressions.values())]
+    inside = [
+        axis for axis in space.axes if any(axis.name in expression.names(text) for text in space.expressions.values())
+    ]
     for values in itertools.product(*(axis.values for axis in inside)):
         yield lowest | {axis.name: value for axis, value in zip(inside, values, strict=True)}
-
-
-def _names(text: str) -> set[str]:
-    """Parameters in an expression."""
-    return {node.id for node in ast.walk(ast.parse(text, mode="eval")) if isinstance(node, ast.Name)} - FUNCTIONS.keys()
 
 
 def _evaluated(name: str, text: str, known: Values, setting: Setting | None) -> Any:
     """An expression's value, a whole number where the setting is one."""
     try:
-        value = eval(_compiled(name, text), {"__builtins__": {}}, FUNCTIONS | known)
+        value = expression.compute(text, known)
     except (ArithmeticError, TypeError, ValueError) as error:
         raise UserError(f"{name} = {text} with {_listed(known)}: {error}") from None
     whole = setting is not None and setting.kind is int and isinstance(value, float) and math.isfinite(value)
     return round(value) if whole else value
-
-
-def _compiled(name: str, text: str) -> CodeType:
-    """An expression of arithmetic alone."""
-    try:
-        tree = ast.parse(text, mode="eval")
-    except SyntaxError:
-        raise UserError(f"{name}: {text} is no arithmetic; expected e.g. alpha_ratio * lora_rank") from None
-    for node in ast.walk(tree):
-        numeric = not isinstance(node, ast.Constant) or isinstance(node.value, int | float)
-        called = not isinstance(node, ast.Call) or (isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS)
-        if not isinstance(node, SYNTAX) or not numeric or not called:
-            raise UserError(
-                f"{name}: {text} is not allowed; an expression has numbers, names, + - * / // ** and "
-                f"{', '.join(FUNCTIONS)}"
-            )
-    return compile(tree, "<space>", "eval")
 
 
 def _listed(values: Values) -> str:

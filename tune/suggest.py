@@ -1,8 +1,9 @@
 """Which point is tried next: the seed setting, given points, then at random, on a grid, or by Optuna.
 
-Takes the plan and the trials so far, gives new trials one by one. Trial number n of a random search or a grid (repeats
-with other seeds not counted) is the same point whenever it is asked for, so a resumed or longer sweep goes on where it
-was. Optuna is told every earlier trial anew. Knows nothing of Ray; only this file imports optuna.
+Takes the plan and the trials so far, gives new trials one by one. Trial number n of a random search (repeats with other
+seeds not counted) is the same point whenever it is asked for, and a grid goes on with the combinations that have no
+trial yet: a resumed or longer sweep goes on where it was. Optuna is told every earlier trial anew. Knows nothing of
+Ray; only this file imports optuna.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import itertools
 import math
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sft.config import TrainConfig, override
@@ -29,7 +30,8 @@ class Suggestions:
         self._plan, self._base, self._space = plan, plan.seed_setting, plan.space
         self._given = _given(plan)
         self._number = 1 + max((trial.number for trial in known), default=-1)
-        self._index, self._total = _searched(known), new_trials(plan)
+        self._index, self._total = _searched(known), new_trials(plan, known)
+        self._grid = _untried(plan, known) if plan.sweep.search == "grid" else None
         self._tpe = _Tpe(plan.space, plan.seed_setting.seed, self._index) if plan.sweep.search == "optuna" else None
         for trial in known:
             if trial.status == "unfinished":
@@ -68,7 +70,7 @@ class Suggestions:
             case "random":
                 params = self._space.draw(random.Random(f"{self._base.seed} {index}"))
             case "grid":
-                params = next(itertools.islice(self._space.grid(), index - len(self._given), None))
+                params = next(self._grid)
             case "optuna":
                 params = self._tpe.ask(self._number)
             case _:
@@ -97,14 +99,25 @@ def repeats(known: Sequence[Trial], base: TrainConfig, seeds: int, best: int = 3
     return found
 
 
-def new_trials(plan: Plan) -> int:
-    """Trials of the sweep in all, repeats with other seeds aside: a grid may have fewer points than asked for."""
-    return min(plan.sweep.num_trials, _grid_trials(plan)) if plan.sweep.search == "grid" else plan.sweep.num_trials
+def new_trials(plan: Plan, known: Sequence[Trial] = ()) -> int:
+    """Trials of the sweep in all, repeats with other seeds aside: a grid may have fewer points than asked for.
+
+    Args:
+        plan: of the sweep.
+        known: its trials so far.
+    """
+    wanted = plan.sweep.num_trials
+    return min(wanted, _grid_trials(plan, known)) if plan.sweep.search == "grid" else wanted
 
 
-def left_out(plan: Plan) -> int:
+def left_out(plan: Plan, known: Sequence[Trial] = ()) -> int:
     """Combinations of a grid that num_trials has no room for."""
-    return max(0, _grid_trials(plan) - plan.sweep.num_trials) if plan.sweep.search == "grid" else 0
+    return max(0, _grid_trials(plan, known) - plan.sweep.num_trials) if plan.sweep.search == "grid" else 0
+
+
+def tried_anyway(plan: Plan) -> int:
+    """Combinations of a grid that are no trials of their own: the seed setting's, and those of given points."""
+    return len(_tried(plan)) if plan.sweep.search == "grid" else 0
 
 
 def check(plan: Plan) -> None:
@@ -116,8 +129,22 @@ def check(plan: Plan) -> None:
             raise UserError("search optuna needs the package optuna: pip install 'sa2va-sft[optuna]'") from None
 
 
-def _grid_trials(plan: Plan) -> int:
-    return len(_given(plan)) + math.prod(len(axis.values) for axis in plan.space.axes)
+def _grid_trials(plan: Plan, known: Sequence[Trial]) -> int:
+    begun = max(len(_given(plan)), _searched(known))
+    return begun + math.prod(len(axis.values) for axis in plan.space.axes) - len(_tried(plan, known))
+
+
+def _untried(plan: Plan, known: Sequence[Trial]) -> Iterator[dict[str, Any]]:
+    tried = _tried(plan, known)
+    return (params for params in plan.space.grid() if tuple(params.values()) not in tried)
+
+
+def _tried(plan: Plan, known: Sequence[Trial] = ()) -> set[tuple]:
+    """Combinations of a grid that a trial has: the seed setting, a given point, or one of an earlier session."""
+    configs = [override(plan.seed_setting, trial.settings) for trial in _given(plan)]
+    found = [params for config in configs for params in plan.space.combinations_of(config, plan.seed_setting)]
+    found += [trial.params for trial in known if trial.origin == "grid"]
+    return {tuple(params[axis.name] for axis in plan.space.axes) for params in found}
 
 
 def _searched(known: Sequence[Trial]) -> int:

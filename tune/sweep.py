@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from sft.settings import UserError
 from tune import keeping, results, suggest, trials
 from tune import space as spaces
 from tune.options import Plan
-from tune.progress import table
-from tune.trials import Sweep
+from tune.progress import STOPPING, table
+from tune.trials import Sweep, Trial
 
 INTERRUPTED = 130  # exit code, as after Ctrl-C
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -35,7 +36,7 @@ def run(plan: Plan) -> int:
     """Runs or continues a sweep.
 
     Returns:
-        0, or 130 where trials are left to go on with.
+        0; 130 where trials are left to go on with, unless time_budget_s has ended the sweep.
 
     Raises:
         UserError: a mistake, before the first trial.
@@ -51,16 +52,16 @@ def run(plan: Plan) -> int:
 
 
 def _drive(plan: Plan, folder: Path, gpus: list[str]) -> int:
-    from tune import driver  # Ray loads here
+    from tune import driver, nodes  # Ray loads here
 
     print(f"Sweep {folder}", flush=True)
     try:
         sweep = record(plan, folder)
         if not plan.resumed:
             trials.write_sweep(folder, sweep)  # to go on from, however soon it is interrupted
-        driver.start_ray(plan.sweep.address, gpus)
+        nodes.start_ray(plan.sweep.address, gpus)
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # Ray has put its own there
-        needs, concurrent = driver.resources(plan.sweep)
+        needs, concurrent = nodes.resources(plan.sweep)
         plan = dataclasses.replace(plan, seed_setting=share_features(plan.seed_setting, needs["GPU"]))
         base = dataclasses.asdict(plan.seed_setting)
         sweep = dataclasses.replace(sweep, gpus_per_trial=needs["GPU"], base=base)
@@ -70,22 +71,30 @@ def _drive(plan: Plan, folder: Path, gpus: list[str]) -> int:
             shutil.rmtree(folder)  # it holds no trial, and its name is wanted again
         raise
     try:
-        finished = _search_and_conclude(driver.Phase(plan, sweep, folder, needs, concurrent), plan, sweep, folder)
+        as_asked = _search_and_conclude(driver.Phase(plan, sweep, folder, needs, concurrent), plan, sweep, folder)
     except OSError as error:
         if error.errno not in NO_ROOM and not isinstance(error, shutil.Error):
             raise
-        text = f"{driver.in_words(error)}; free some space, then python tune/search.py {resume_flag(folder)}"
+        text = f"{keeping.in_words(error)}; free some space, then python tune/search.py {resume_flag(folder)}"
         raise UserError(text) from error
-    return 0 if finished else INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ray ends its processes now, and would answer with a traceback
+    return 0 if as_asked else INTERRUPTED
 
 
 def _search_and_conclude(phase: "driver.Phase", plan: Plan, sweep: Sweep, folder: Path) -> bool:  # noqa: F821
+    """Returns whether the sweep has ended as it was asked to: all trials have ended, or time is over."""
+    interrupted = False
     try:
         finished = search(phase, plan, folder)
     except KeyboardInterrupt:
-        finished = False
-    conclude(folder, sweep, finished)
-    return finished
+        if phase.interrupted:  # before: this is the second Ctrl-C
+            raise
+        print(STOPPING, flush=True)  # it came between the runs of Ray
+        finished, interrupted = False, True
+    time_is_over = phase.left_s <= 0 and not (interrupted or phase.interrupted)
+    conclude(folder, sweep, finished, time_is_over, phase.reported)
+    return finished or time_is_over
 
 
 def claim_devices(base: TrainConfig) -> list[str]:
@@ -125,7 +134,8 @@ def make_folder(plan: Plan) -> Path:
 
 def record(plan: Plan, folder: Path) -> Sweep:
     """What the sweep is; of one that is continued, with what has been given anew."""
-    options, total = dataclasses.asdict(plan.sweep) | {"resume": None}, suggest.new_trials(plan)
+    options = dataclasses.asdict(plan.sweep) | {"resume": None}
+    total = suggest.new_trials(plan, trials.read_all(folder))
     if plan.resumed:
         return dataclasses.replace(trials.read_sweep(folder), num_trials=total, options=options)
     return Sweep(
@@ -163,7 +173,7 @@ def share_features(base: TrainConfig, gpus_per_trial: float) -> TrainConfig:
 def prepare(plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], concurrent: int) -> tuple[Plan, Sweep]:
     """Computes the frozen features on every node, records the split, checks the disk; settles the batch size, if auto:
     it is one for all trials."""
-    from tune import driver
+    from tune import nodes
 
     print(
         f"{sweep.num_trials} trials, {concurrent} at a time, each with {needs['GPU']:g} GPUs and {needs['CPU']:g} cores"
@@ -171,21 +181,24 @@ def prepare(plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], con
         + (f", ASHA from epoch {sweep.grace_epochs} of {sweep.num_epochs}" if sweep.early_stop else ", no early stop"),
         flush=True,
     )
-    if left_out := suggest.left_out(plan):
+    if tried := suggest.tried_anyway(plan):
+        print(f"  {tried} combinations of the grid are tried as seed setting or given point, and not once more")
+    if left_out := suggest.left_out(plan, trials.read_all(folder)):
         print(
             f"  {left_out} combinations of the grid are left out: --num_trials {sweep.num_trials + left_out} tries all"
         )
     rank = keeping.highest_rank(plan.seed_setting, plan.space, plan.points)
     place = {"output_dir": str(folder), "gpu": None, "include": None, "keep": "latest"}  # as its trials have it
     config = override(plan.seed_setting, place | {"lora_rank": rank})
-    found = driver.prepare_nodes(config, needs)
+    found = nodes.prepare_nodes(config, needs)
     for line in dict.fromkeys(one.features for one in found):
         print(line, flush=True)
     if plan.seed_setting.batch_size == "auto":
         base = override(plan.seed_setting, {"batch_size": min(one.batch_size for one in found)})
         print(f"batch_size auto: {base.batch_size} for every trial", flush=True)
         plan = dataclasses.replace(plan, seed_setting=base)
-        sweep = dataclasses.replace(sweep, base=dataclasses.asdict(base))
+        total = suggest.new_trials(plan, trials.read_all(folder))  # a grid may hold what the seed setting now is
+        sweep = dataclasses.replace(sweep, base=dataclasses.asdict(base), num_trials=total)
     trials.write_sweep(folder, sweep)
     if not (folder / trials.SPLIT_FILE).exists():
         trials.write_json(folder / trials.SPLIT_FILE, found[0].split)
@@ -206,18 +219,36 @@ def search(phase: "driver.Phase", plan: Plan, folder: Path) -> bool:  # noqa: F8
     return phase.run(again, None, early_stop=False)
 
 
-def conclude(folder: Path, sweep: Sweep, finished: bool) -> None:
-    """Writes the result and prints what is known."""
+def conclude(
+    folder: Path, sweep: Sweep, finished: bool, time_is_over: bool = False, reported: list[Trial] | None = None
+) -> None:
+    """Writes the result and prints what is known.
+
+    Args:
+        folder: the sweep's.
+        sweep: its record.
+        finished: whether all trials have ended.
+        time_is_over: whether that is why they have not.
+        reported: trials as the results tell them that are written already, such as when the last trial ended.
+    """
     found = trials.read_all(folder)
-    keeping.keep_best(folder, found, [])
-    results.write(folder, sweep, found)
-    keeping.write_best(folder, sweep, found, [])
+    if found != reported:
+        results.update(folder, sweep, found, [])
     print(f"\n{table(found, ())}\n\n{results.verdict(sweep, found)}")
     names = (keeping.BEST_FILE, keeping.BEST, results.CSV_FILE, results.HTML_FILE)
     for path in (folder / name for name in names):
         if path.exists():
             print(f"  {path}")
     if not finished:
-        begun = sum(not trial.is_repeat for trial in found)
-        left = sum(trial.status == "unfinished" for trial in found) + max(0, sweep.num_trials - begun)
-        print(f"{left} trials have not ended: python tune/search.py {resume_flag(folder)}")
+        why = f"time_budget_s = {sweep.options['time_budget_s']:g} is over, and " if time_is_over else ""
+        print(f"{why}{_left(sweep, found)} trials have not ended: python tune/search.py {resume_flag(folder)}")
+
+
+def _left(sweep: Sweep, found: Sequence[Trial]) -> int:
+    """Trials to go on with, and those to come; which ones are repeated is known when the others have ended."""
+    left = sum(trial.status == "unfinished" for trial in found)
+    own = [trial for trial in found if not trial.is_repeat]
+    to_come = max(0, sweep.num_trials - len(own))
+    if not to_come and all(trial.status != "unfinished" for trial in own):
+        to_come = len(suggest.repeats(found, TrainConfig(**sweep.base), sweep.options["seeds"]))
+    return left + to_come

@@ -1,12 +1,12 @@
 """One trial where it runs: the training of launch/train.py, told to Ray at every validation.
 
 Takes a sweep's folder and a number, reads what was drawn, trains from the trial's last checkpoint, notes every
-validation in the trial's folder before anyone is told of it. A mistake that would come again (too little memory, a loss
-that is no number) ends the trial with its reason; anything else is raised, and Ray tries again.
+validation in the trial's folder before anyone is told of it. Of several ranks the first waits for the trial, looks
+where it stands and tells the others. A mistake that would come again (too little memory, a loss that is no number) ends
+the trial with its reason; anything else is raised, and Ray tries again.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import time
@@ -17,6 +17,7 @@ from typing import Any
 
 from ray import train as ray_train
 from ray import tune
+from ray.train import collective
 
 from sft.config import TrainConfig, override
 from sft.settings import DiskError, UserError
@@ -28,6 +29,7 @@ CRASH_FILE = "crash.txt"
 CONTEXT_BYTES = 700 * 2**20  # CUDA context and libraries of one process, outside torch's own memory
 
 Report = Callable[[dict[str, Any]], None]
+Share = Callable[[dict[str, Any] | None], dict[str, Any] | None]
 
 
 def run_trial(place: dict[str, Any]) -> None:
@@ -56,48 +58,43 @@ def run_trial(place: dict[str, Any]) -> None:
     trainer.fit()
 
 
-def train_trial(sweep_folder: Path, number: int, report: Report) -> None:
+def train_trial(sweep_folder: Path, number: int, report: Report, share: Share = lambda told: told) -> None:
     """Trains one trial to its end, from where it stands.
 
     Args:
         sweep_folder: holds sweep.json, split.json and the trials.
         number: of the trial.
         report: is told epoch and best Dice after each validation; may not return.
+        share: a collective: gives every rank what rank 0 gives it. Without it the rank is the only one.
     """
     sweep = trials.read_sweep(sweep_folder)
     folder = trials.folder_of(sweep_folder, number)
-    is_main = os.environ.get("RANK", "0") == "0"
-    with contextlib.ExitStack() as stack:
+    is_main, before_s = os.environ.get("RANK", "0") == "0", 0.0
+    with contextlib.ExitStack() as running:
         try:
-            stack.enter_context(trials.alone(folder) if is_main else contextlib.nullcontext())
-        except RuntimeError:
-            _note_crash(folder)
-            raise
-        _train_alone(sweep_folder, sweep, folder, trials.read(folder), report, is_main)
-
-
-def _train_alone(sweep_folder: Path, sweep: Sweep, folder: Path, trial: Trial, report: Report, is_main: bool) -> None:
-    try:
-        limit_gpu_memory(sweep.gpus_per_trial)
-        config, missing = settings_of(sweep, trial, folder)
-        for row in missing if is_main else ():
-            trials.append_row(folder, row)
-        validations = Validations(folder, dataclasses.replace(trial, rows=trial.rows + missing), sweep, report, is_main)
-        if validations.last is None or validations.last["epoch"] < sweep.num_epochs:
-            _train(config, sweep_folder / SPLIT_FILE, validations)
-    except UserError as error:
-        if isinstance(error, DiskError):  # the same trial may go on once there is room
+            start = _start(folder, running, share, is_main)
+            if start is None:  # rank 0 could not start, and says why
+                return
+            trial = trials.read(folder)
+            before_s = trial.device_s
+            limit_gpu_memory(sweep.gpus_per_trial)
+            validations = Validations(folder, trial, sweep, report, is_main)
+            config = settings_of(sweep, trial, folder, start["resume"])
+            if validations.last is None or validations.last["epoch"] < sweep.num_epochs:
+                _train(config, sweep_folder / SPLIT_FILE, validations)
+        except UserError as error:
+            if isinstance(error, DiskError):  # the same trial may go on once there is room
+                _note_crash(folder)
+                raise
+            if is_main:
+                trials.write_outcome(folder, "failed", str(error), before_s + seconds_of_process())
+            return
+        except Exception:
             _note_crash(folder)
             raise
         if is_main:
-            trials.write_outcome(folder, "failed", str(error), trial.device_s + seconds_of_process())
-        return
-    except Exception:
-        _note_crash(folder)
-        raise
-    if is_main:
-        trials.write_outcome(folder, "finished")
-    report(told(validations.last, trial.number))
+            trials.write_outcome(folder, "finished")
+        report(told(validations.last, trial.number))
 
 
 class Validations:
@@ -134,29 +131,62 @@ class Validations:
             self._report(told(noted, self._trial.number))
 
 
-def settings_of(sweep: Sweep, trial: Trial, folder: Path) -> tuple[TrainConfig, tuple[dict[str, Any], ...]]:
+def settings_of(sweep: Sweep, trial: Trial, folder: Path, resume: str | None) -> TrainConfig:
     """The TrainConfig of a trial: its settings, its folder, and the checkpoint it goes on from.
 
-    Returns:
-        The settings, and the validations that a kill kept from the trial's folder.
-
     Raises:
-        UserError: the settings contradict each other, or the run's files were changed.
+        UserError: the settings contradict each other.
     """
-    from sft import checkpoint
-
     config = override(TrainConfig(**sweep.base), trial.settings)
-    place = {"output_dir": str(folder), "save_every": sweep.base["validate_every"], "resume": None, "keep": "latest"}
-    runs, missing = sorted(folder.glob(checkpoint.RUN_PATTERN)), ()
-    if runs and (found := checkpoint.newest(runs[-1])) is not None:
-        place["resume"] = str(found)
-        missing = _not_noted(trial, found.parent, checkpoint.read_progress(found).epoch)
-    return override(config, place | {"gpu": None, "include": None}), missing
+    place = {"output_dir": str(folder), "save_every": sweep.base["validate_every"], "resume": resume, "keep": "latest"}
+    return override(config, place | {"gpu": None, "include": None})
 
 
 def told(row: dict[str, Any], number: int) -> dict[str, Any]:
     """What Ray is told of a validation."""
     return {"epoch": row["epoch"], METRIC: row[METRIC], "number": number}
+
+
+def _start(folder: Path, running: contextlib.ExitStack, share: Share, is_main: bool) -> dict[str, Any] | None:
+    """Where all ranks go on from: rank 0 looks once no other process runs the trial, and tells it.
+
+    Args:
+        folder: the trial's.
+        running: holds the trial for rank 0 until it has ended.
+        share: see `train_trial`.
+        is_main: whether this is rank 0.
+
+    Returns:
+        `resume`: the checkpoint, or None. On other ranks than 0 None for all where rank 0 has failed.
+    """
+    found, failed = None, None
+    if is_main:
+        try:
+            running.enter_context(trials.alone(folder))
+            found = {"resume": _caught_up(folder)}
+        except Exception as error:  # the others wait for a word
+            failed = error
+    found = share(found)
+    if failed is not None:
+        raise failed
+    return found
+
+
+def _caught_up(folder: Path) -> str | None:
+    """The checkpoint that a trial goes on from; validations that a kill kept from its folder are noted now.
+
+    Raises:
+        UserError: the run's files were changed.
+    """
+    from sft import checkpoint
+
+    runs = sorted(folder.glob(checkpoint.RUN_PATTERN))
+    found = checkpoint.newest(runs[-1]) if runs else None
+    if found is None:
+        return None
+    for row in _not_noted(trials.read(folder), found.parent, checkpoint.read_progress(found).epoch):
+        trials.append_row(folder, row)
+    return str(found)
 
 
 def _note_crash(folder: Path) -> None:
@@ -183,7 +213,7 @@ def seconds_of_process() -> float:
 
 
 def _rank_of_trial(place: dict[str, Any]) -> None:
-    train_trial(Path(place["sweep"]), place["number"], ray_train.report)
+    train_trial(Path(place["sweep"]), place["number"], ray_train.report, collective.broadcast_from_rank_zero)
 
 
 def _train(config: TrainConfig, split_file: Path, on_validation: Callable[[dict], None]) -> None:

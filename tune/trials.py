@@ -163,14 +163,22 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Writes a file that is there whole or not at all, also after the machine has failed."""
+def write_whole(file: Path, content: bytes) -> None:
+    """Writes a file that is there whole, the old one or the new, also after the machine has failed."""
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as text:
-        text.write(json.dumps(content, indent=2) + "\n")
-        text.flush()
-        os.fsync(text.fileno())
-    os.replace(partial, file)
+    try:
+        with partial.open("wb") as new:
+            new.write(content)
+            new.flush()
+            os.fsync(new.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)  # on a full disk it takes what room is left
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes a JSON file as `write_whole` does."""
+    write_whole(file, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_json(file: Path) -> Any:

@@ -1,0 +1,134 @@
+"""What follows when one of Ray's trials ends or fails: what is noted, kept and written, and how often."""
+
+import io
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import small_sweeps as small
+
+from tune import keeping, results, trials
+from tune import watch as watching
+from tune.progress import LiveTable
+from tune.trial_run import CRASH_FILE
+from tune.watch import Watch
+
+
+@pytest.fixture
+def watch(tmp_path, monkeypatch):
+    """Over two trials, of which 1 has begun; the report is not drawn."""
+    monkeypatch.setattr(results, "write", lambda *_: None)
+    trials.write_sweep(tmp_path, small.sweep())
+    for one in (small.trial(0, [0.5]), small.trial(1, status="unfinished")):
+        small.put(tmp_path, one)
+    made = Watch(tmp_path, LiveTable(small.sweep(), 2, io.StringIO()), None)
+    made.on_trial_start(0, [], small.of_ray(1))
+    return made
+
+
+def test_a_trial_that_crashes_for_good_is_noted_with_its_reason_and_its_time(tmp_path, watch, monkeypatch):
+    crash = trials.folder_of(tmp_path, 1) / CRASH_FILE
+    crash.write_text("Traceback\n  File\nRuntimeError: first\nTraceback\nRuntimeError: a worm\n\n")
+    begun_s = watch._since_s["id1"]
+    monkeypatch.setattr(watching.time, "monotonic", lambda: begun_s + 42.0)
+    watch.on_trial_start(0, [], small.of_ray(1))  # a further attempt
+    watch.on_trial_error(0, [], small.of_ray(1))
+    found = trials.read(crash.parent)
+    assert (found.status, found.reason) == ("failed", "crashed 3 times: RuntimeError: a worm")
+    assert found.device_s == pytest.approx(42.0)
+    watch.on_trial_error(0, [], small.of_ray(1))
+    assert trials.read(crash.parent) == found  # what is noted stays
+
+
+@pytest.mark.parametrize("crash", [None, "", "\n"])
+def test_a_process_that_died_without_a_word_is_noted_so(tmp_path, watch, crash):
+    folder = trials.folder_of(tmp_path, 1)
+    if crash is not None:
+        (folder / CRASH_FILE).write_text(crash)
+    watch.on_trial_error(0, [], small.of_ray(1))
+    assert trials.read(folder).reason == "crashed 3 times: its process died"
+
+
+def test_when_a_trial_ends_the_search_hears_of_it_and_the_best_is_written(tmp_path, watch):
+    heard = []
+    watch._suggestions = SimpleNamespace(ended=heard.append)
+    folder = trials.folder_of(tmp_path, 1)
+    for row in small.rows([0.7]):
+        trials.append_row(folder, row)
+    trials.write_outcome(folder, "stopped", "behind")
+    (folder / "ray").mkdir()
+    watch.on_trial_complete(0, [], small.of_ray(1))
+    assert heard == [trials.read(folder)] and not (folder / "ray").exists()
+    assert (tmp_path / keeping.BEST_FILE).read_text().startswith("# Trial 1 of sweep_1: validation Dice 0.7000")
+    assert json.loads((folder / "outcome.json").read_text())["status"] == "stopped"
+
+
+COPY_ERROR = shutil.Error([("a/adapter", "b/adapter", "[Errno 28] No space left on device")] * 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (COPY_ERROR, "b/adapter: [Errno 28] No space left on device"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),  # a write names no file
+        (OSError(13, "Permission denied", "b/best.yaml"), "b/best.yaml: Permission denied"),
+    ],
+)
+def test_what_cannot_be_written_when_a_trial_ends_is_told_in_words(tmp_path, watch, monkeypatch, capsys, error, told):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(keeping, "keep_best", full)
+    trials.write_outcome(trials.folder_of(tmp_path, 1), "failed", "a reason")
+    watch.on_trial_complete(0, [], small.of_ray(1))
+    assert capsys.readouterr().out == f"warning: {told}; the results are of before trial 1\n"
+
+
+def test_a_trial_that_lacked_room_on_a_disk_goes_on_later(tmp_path, watch, capsys):
+    folder = trials.folder_of(tmp_path, 1)
+    (folder / CRASH_FILE).write_text("Traceback\nsft.settings.DiskError: checkpoint_latest: No space left; free some\n")
+    watch.on_trial_error(0, [], small.of_ray(1))
+    assert trials.read(folder).status == "unfinished"
+    assert "warning: trial 1 has not ended: checkpoint_latest: No space left; free some" in capsys.readouterr().out
+
+
+# The results
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """Status of every trial, and who runs, each time the results are written."""
+    told = []
+    monkeypatch.setattr(
+        results, "update", lambda _, record, found, live: told.append(([trial.status for trial in found], live))
+    )
+    return told
+
+
+def test_results_are_those_of_the_end_once_nobody_runs(tmp_path, watch, updates):
+    """Of a trial that has ended, but not in Ray's eyes, the checkpoints are still to be deleted."""
+    watch.on_trial_start(0, [], small.of_ray(0))
+    trials.write_outcome(trials.folder_of(tmp_path, 1), "finished")
+    watch.on_trial_complete(0, [], small.of_ray(1))
+    assert updates == [(["finished", "finished"], [0])] and watch.reported is None
+    watch.on_trial_complete(0, [], small.of_ray(0))
+    assert updates[1:] == [(["finished", "finished"], [])] and watch.reported == trials.read_all(tmp_path)
+
+
+def test_a_trial_that_has_not_ended_changes_no_results(tmp_path, watch, updates):
+    """Ray stops all at once when time is over, and after Ctrl-C."""
+    heard = []
+    watch._suggestions = SimpleNamespace(ended=heard.append)
+    watch.on_trial_complete(0, [], small.of_ray(1))
+    assert updates == [] and watch.reported is None and [trial.number for trial in heard] == [1]
+
+
+def test_results_that_could_not_be_written_are_not_taken_for_written(tmp_path, watch, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results, "update", full)
+    trials.write_outcome(trials.folder_of(tmp_path, 1), "finished")
+    watch.on_trial_complete(0, [], small.of_ray(1))
+    assert watch.reported is None

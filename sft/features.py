@@ -214,12 +214,15 @@ class Features:
     def _batches(self, plan: Sequence[Sequence[Item]]) -> Generator[Batch]:
         """The batches of a plan; what the next ones need is read meanwhile."""
         off = isinstance(self._store, NoStore)
-        coming: deque[dict[Item, Future[_Prepared]]] = deque()
+        coming: deque[dict[Item, Future[_Prepared]]] = deque()  # of images that are encoded in each batch
         with contextlib.closing(_nothing(plan) if off else self._kept(plan)) as kept:
             for position, (items, entries) in enumerate(zip(plan, kept, strict=True)):
-                for later in plan[position + len(coming) : position + 1 + READ_AHEAD_BATCHES]:
-                    coming.append({one: self._readers.submit(self._prepare, one, off) for one in dict.fromkeys(later)})
-                prepared = {item: future.result() for item, future in coming.popleft().items()}
+                for later in plan[position + len(coming) : position + 1 + READ_AHEAD_BATCHES] if off else ():
+                    coming.append({item: self._readers.submit(self._prepare, item, off) for item in set(later)})
+                if off:
+                    prepared = {item: future.result() for item, future in coming.popleft().items()}
+                else:
+                    prepared = {item: self._prepare(item, off) for item in set(items)}
                 found = dict(zip(items, entries, strict=True))
                 self._complete(found, prepared)
                 yield self._collate(tuple(items), prepared, [found[item] for item in items])
@@ -285,7 +288,6 @@ class Features:
 
     def _prepare(self, item: Item, with_image: bool) -> _Prepared:
         mask_HW = torch.from_numpy(turned(self._mask(item.pair), item.view))
-        mask_HW = mask_HW.pin_memory() if self._device.type == "cuda" else mask_HW
         return _Prepared(mask_HW, self._load(item.pair, [item.view]) if with_image else None)
 
     def _kept(self, plan: Sequence[Sequence[Item]]) -> Iterator[list[Entry | None]]:
@@ -325,8 +327,15 @@ class Features:
         else:
             parts = (torch.stack([entry[name] for entry in entries]) for name in SAM2_PARTS)
             sam2 = Sam2Features(*parts, projected=self._encoders.project)
-        on_device = tuple(mask_HW.to(self._device, non_blocking=True) for mask_HW in masks)
-        return Batch(items, prompt.to(self._device), vision_of(entries), sam2, on_device)
+        return Batch(items, prompt.to(self._device), vision_of(entries), sam2, self._moved(masks))
+
+    def _moved(self, masks: list[Tensor]) -> tuple[Tensor, ...]:
+        """Masks on the device; those of one size in one copy."""
+        if self._device.type != "cuda":
+            return tuple(masks)
+        together = torch.stack(masks)[None] if len({mask_HW.shape for mask_HW in masks}) == 1 else masks
+        moved = [part.pin_memory().to(self._device, non_blocking=True) for part in together]
+        return tuple(moved[0] if moved[0].ndim == 3 else moved)
 
     def _question(self, pair: Pair) -> str:
         return f"Please segment {pair.phrase} in this image." if pair.phrase else self._config.question

@@ -5,6 +5,7 @@ knows nothing of models, settings or images; `fingerprints` makes keys that chan
 
     missing(keys)    which of them have to be computed, in the given order, each once
     put(key, entry)  keeps an entry; may return before it is kept
+    at_once(key, device)  an entry that is in this device's memory already, or None
     read(key)        an entry, or None: compute it. A damaged one is None too, and `rejected` says why
     flush()          returns once everything put is kept
     close()          flush, and stop the threads

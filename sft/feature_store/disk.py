@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sft.feature_store.entry import FORMAT, DamagedError, Entry, Packed, pack, read, write
 from sft.settings import UserError
 
@@ -97,6 +99,9 @@ class DiskStore:
         self._waiting[key] = packed
         self._writes = [write for write in self._writes if not write.done()]
         self._writes.append(self._writers.submit(self._write, path, key, packed))
+
+    def at_once(self, key: str, device: torch.device) -> None:
+        """Never anything: it is in no device's memory."""
 
     def read_packed(self, key: str) -> Packed | None:
         """An entry in one piece, in host memory of its own; see `read`."""

@@ -28,6 +28,9 @@ class NoStore:
     def put(self, key: str, entry: Entry) -> None:
         """Does nothing."""
 
+    def at_once(self, key: str, device: torch.device) -> None:
+        """Never anything."""
+
     def read_packed(self, key: str) -> None:
         """Never anything."""
 
@@ -72,6 +75,10 @@ class MemoryStore:
             self._behind.put(key, entry)
         if key not in self._kept:
             self._kept[key] = pack(entry, self._room(parts_of(entry)[-1].stop))
+
+    def at_once(self, key: str, device: torch.device) -> Packed | None:
+        """An entry that is in the memory of that device already."""
+        return self._kept.get(key) if self._device == device else None
 
     def read_packed(self, key: str) -> Packed | None:
         """An entry in one piece."""

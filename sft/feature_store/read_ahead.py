@@ -37,12 +37,17 @@ def read_ahead(
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     readers = ThreadPoolExecutor(threads, thread_name_prefix="features")
-    coming: list[list[Future]] = []
+    coming: list[list[Future | Packed]] = []
     try:
         for position in range(len(plan)):
             for keys in plan[position + len(coming) : position + 1 + batches]:
-                coming.append([readers.submit(_moved, store, key, device, stream) for key in keys])
-            yield [_received(future.result(), device) for future in coming.pop(0)]
+                coming.append(
+                    [store.at_once(key, device) or readers.submit(_moved, store, key, device, stream) for key in keys]
+                )
+            yield [
+                found.entry() if isinstance(found, Packed) else _received(found.result(), device)
+                for found in coming.pop(0)
+            ]
     finally:
         readers.shutdown(cancel_futures=True)
 

@@ -20,6 +20,7 @@ from transformers import (
     Qwen3Config,
     Sam2Config,
 )
+from transformers.initialization import no_init_weights
 
 from sft.config import UserError
 from sft.model import internlm2, phi3, preprocess_qwen, published_qwen, published_tokenizer, weights
@@ -89,7 +90,7 @@ def load(model_path: str, *, dtype: torch.dtype = torch.bfloat16, device: str | 
     config = read_config(directory)
     with contextlib.closing(weights.begin(directory, dtype, torch.device(device))) as tensors:
         preprocess = make_preprocess(config, published_tokenizer.read(directory), directory)
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():  # every weight comes from the files
             model = build(config, preprocess.image_token_id, directory)
         weights.fill(model, directory, tensors, dtype, torch.device(device))
     return Loaded(model.eval(), preprocess, directory)

@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from sft import feature_store
 from sft.config import TrainConfig
 from sft.feature_store import Entry
+from sft.model import hiera
 from sft.model.preprocess import Preprocess
-from sft.model.sa2va import Layout, Sa2VA, Sam2Features, VisionFeatures, VisionInput
+from sft.model.sa2va import Layout, Sa2VA, VisionFeatures, VisionInput
 
 SAM2_PARTS = ("level0", "level1", "embedding")
-COMPILE_FROM_IMAGES = 10_000  # below, compiling SAM2's encoder takes longer than it saves
 WORDS = {"tokenizer", "template", "chat_template"}  # of a Preprocess: they reach no encoder
 
 
@@ -80,8 +80,6 @@ class Encoders:
         self.project = "mask_decoder" not in config.train_modules
         self.sizes = SIZES[device.type]
         self.resting = False
-        self._compile = config.compile
-        self._compiled: Callable[..., Sam2Features] | None = None
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def load(self, images: Sequence[np.ndarray]) -> Loaded:
@@ -111,17 +109,6 @@ class Encoders:
                 for entry, parts in zip(entries[start : start + size], self._sam2_parts(images), strict=True):
                     entry |= dict(zip(SAM2_PARTS, parts, strict=True))
         return entries
-
-    @contextlib.contextmanager
-    def compiled(self, images: int) -> Iterator[bool]:
-        """SAM2's encoder is compiled inside, if so many images are worth it; tells whether."""
-        compiles = _worth_compiling(self._compile, self.device, images) and not self.sam2_trains
-        if compiles:
-            self._compiled = torch.compile(self.model.sam2_features, dynamic=False)
-        try:
-            yield compiles
-        finally:
-            self._compiled = None
 
     def entry_bytes(self, layout: Layout) -> int:
         """Size of the entry of an image with so many vision tokens."""
@@ -204,7 +191,8 @@ class Encoders:
     def _code(self) -> list[Path]:
         """Files of ours whose edit may change a feature."""
         classes = (*type(self.model).__mro__, *type(self.preprocess).__mro__, Encoders)
-        return sorted({Path(inspect.getfile(one)) for one in classes if one.__module__.startswith("sft.")})
+        blocks = {Path(hiera.__file__), Path(hiera.__file__).with_name("hiera_kernels.py")}
+        return sorted(blocks | {Path(inspect.getfile(one)) for one in classes if one.__module__.startswith("sft.")})
 
     def _configurations(self) -> dict[str, str]:
         """What shapes the encoders and stands in no weight, e.g. the width of windows."""
@@ -246,15 +234,10 @@ class Encoders:
             yield group
 
     def _sam2_parts(self, pixels_B3HW: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """SAM2's features of each image; a compiled encoder always gets the same number, filled up with the last."""
-        count = len(pixels_B3HW)
-        if self._compiled and count < self.sizes.sam2_images:
-            filling = pixels_B3HW[-1:].expand(self.sizes.sam2_images - count, -1, -1, -1)
-            pixels_B3HW = torch.cat([pixels_B3HW, filling])
+        """SAM2's features of each image."""
         images = self.preprocess.normalise_sam2(pixels_B3HW, self.dtype)
-        features = (self._compiled or self.model.sam2_features)(images, project=self.project)
-        parts = (features.level0_BCHW, features.level1_BCHW, features.embedding_BDHW)
-        return zip(*(part[:count] for part in parts), strict=True)
+        features = self.model.sam2_features(images, project=self.project)
+        return zip(features.level0_BCHW, features.level1_BCHW, features.embedding_BDHW, strict=True)
 
 
 def vision_of(entries: Sequence[Entry]) -> VisionFeatures:
@@ -265,8 +248,3 @@ def vision_of(entries: Sequence[Entry]) -> VisionFeatures:
 def _vision_entry(features: VisionFeatures) -> Entry:
     deepstack = {} if features.deepstack_KMC is None else {"deepstack": features.deepstack_KMC}
     return {"vision_tokens": features.tokens_MC} | deepstack
-
-
-def _worth_compiling(setting: bool | str, device: torch.device, images: int) -> bool:
-    """Decides on compiling SAM2's encoder for so many images."""
-    return device.type == "cuda" and (images >= COMPILE_FROM_IMAGES if setting == "auto" else bool(setting))

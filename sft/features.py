@@ -171,13 +171,12 @@ class Features:
             self._store.flush()
             return count
 
-        with self._encoders.compiled(total) as compiled:
-            computed = sum(_on_all_ranks(lambda: computed_of(groups[ranks.rank :: ranks.world_size])))
-            # What the others computed and this rank cannot see: there is no disk, or not the same.
-            again = max(_on_all_ranks(lambda: computed_of(groups)))
+        computed = sum(_on_all_ranks(lambda: computed_of(groups[ranks.rank :: ranks.world_size])))
+        # What the others computed and this rank cannot see: there is no disk, or not the same.
+        again = max(_on_all_ranks(lambda: computed_of(groups)))
         seconds, computed = time.monotonic() - started_s, computed or again
         text = f"Frozen features: {computed:,} of {total:,} computed in {seconds:.1f} s"
-        text += f", {computed / seconds:.0f} images/s{' compiled' if compiled else ''}" if computed else ""
+        text += f", {computed / seconds:.0f} images/s" if computed else ""
         text += "; the rest was there" if 0 < computed < total else ""
         text += (
             "; SAM2's encoder trains, so it is not among them: its input images are kept" * self._encoders.sam2_trains

@@ -390,7 +390,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_by_bit(inputs, tmp_path):
 @pytest.mark.parametrize("part", ["killed", "killed writing"])
 def test_killed_run_goes_on_with_auto_as_if_never_killed(inputs, tmp_path, part):
     command = [sys.executable, __file__, part, str(inputs), str(tmp_path / "killed")]
-    environ = os.environ | {"PYTHONPATH": str(toy.ROOT)}
+    environ = os.environ | {"PYTHONPATH": toy.PYTHONPATH}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
         environ.pop(name, None)
     process = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)

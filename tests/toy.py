@@ -15,6 +15,7 @@ from sft import engine
 from sft.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # of a child
 TOTAL_STEPS, ACCUMULATION, SAMPLES_PER_MICRO_BATCH = 6, 2, 2
 ZERO = {"overlap_comm": False, "reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000}
 
@@ -116,7 +117,7 @@ def run_ranks(file: str, *arguments: str, world_size: int = 2) -> list[str]:
     for rank in range(world_size):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
         environment = os.environ | {name: str(value) for name, value in place.items()}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
         command = [sys.executable, file, *arguments]
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         processes.append(subprocess.Popen(command, env=environment, **output))

@@ -131,7 +131,7 @@ class Encoders:
         }
         settings = {
             "code": {file.name: feature_store.file_fingerprint(file) for file in self._code()},
-            "preprocess": {k: str(v) for k, v in vars(self.preprocess).items() if k not in WORDS},
+            "preprocess": {name: str(getattr(self.preprocess, name)) for name in self._preprocess_settings()},
             "configurations": self._configurations(),
             "dtype": str(self.dtype),
             "device": self.device.type,  # of rounding
@@ -187,6 +187,10 @@ class Encoders:
             owner, _, name = path.rpartition(".")
             found[path] = getattr(self.model.get_submodule(owner), name)
         return found
+
+    def _preprocess_settings(self) -> list[str]:
+        """Fields, not all that the object holds: it remembers what it was asked."""
+        return [one.name for one in dataclasses.fields(self.preprocess) if one.init and one.name not in WORDS]
 
     def _code(self) -> list[Path]:
         """Files of ours whose edit may change a feature."""

@@ -355,6 +355,8 @@ def _pick_device(local_rank: int, precision: str) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise UserError(f"LOCAL_RANK {local_rank}: only {torch.cuda.device_count()} GPU(s) are visible to this process")
     torch.cuda.set_device(local_rank)
+    if "OMP_NUM_THREADS" not in os.environ:  # else each reader and writer copies by as many threads as there are cores
+        torch.set_num_threads(1)
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"precision bf16: {torch.cuda.get_device_name()} cannot compute in bf16; use --precision fp32")
     return torch.device("cuda", local_rank)

@@ -214,6 +214,21 @@ def test_other_weights_or_settings_have_entries_of_their_own(inputs, tmp_path, e
     assert about["model_path"] in (str(inputs / "model"), str(other))
 
 
+@pytest.mark.parametrize("family", ["internvl", "qwen3_vl"])
+def test_what_a_preprocess_was_asked_before_names_no_other_store(family):
+    """`batch_size auto` asks for prompts and pixels before the store is chosen."""
+    model = small_sa2va.model() if family == "internvl" else small_qwen.model(family)
+    preprocess = small_sa2va.preprocess() if family == "internvl" else small_qwen.preprocess(family)
+    encoders = Encoders(model, preprocess, TrainConfig(precision="fp32"), torch.device("cpu"))
+    before, _ = encoders.scope()
+    picture = small_sa2va.images(1)[0]
+    preprocess.prompt(["Where?"], [preprocess.vision_input(picture).layout])
+    preprocess.sam2_image(picture)
+    assert encoders.scope()[0] == before
+    encoders.preprocess = dataclasses.replace(preprocess, sam2_px=preprocess.sam2_px * 2)
+    assert encoders.scope()[0] != before
+
+
 def test_an_interrupted_filling_goes_on(inputs, tmp_path, monkeypatch, own_cache, off):
     put, done = DiskStore.put, []
 

@@ -103,7 +103,7 @@ class Preprocess:
 
     def normalise_sam2(self, pixels_B3HW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 images of SAM2's size -> what its encoder takes, on the same device."""
-        return look_up(pixels_B3HW, _IMAGENET_TABLE, dtype)
+        return look_up(pixels_B3HW, _IMAGENET, dtype)
 
     def answer_ids(self) -> list[int]:
         """Token ids of "Sure, [SEG]." and the end of the turn."""
@@ -207,7 +207,7 @@ class PreprocessInternVL(Preprocess):
 
     def normalise_vision(self, pixels: VisionInput, dtype: torch.dtype = torch.float32) -> VisionInput:
         """uint8 tiles -> normalised tiles, on the same device."""
-        return VisionInput(look_up(pixels.pixels, _IMAGENET_TABLE, dtype), pixels.layout)
+        return VisionInput(look_up(pixels.pixels, _IMAGENET, dtype), pixels.layout)
 
     def image_layout(self, height: int, width: int) -> Layout:
         """The layout of the vision tokens of an image of that size (pixels)."""
@@ -247,17 +247,31 @@ def _closest_grid(width: int, height: int, max_tiles: int, tile_px: int) -> tupl
     return best
 
 
-def look_up(pixels_N3x: Tensor, table_3V: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 pixels -> their values in a table with a row per channel; the same to the last bit on every device.
+class Table:
+    """What the 256 levels of each channel become, (3, 256) fp32; a copy for each device that has asked."""
+
+    def __init__(self, values_3V: Tensor):
+        self._values_3V = values_3V
+        self._there: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Channel after channel. Only the first copy waits for what a GPU has still to do."""
+        if (device, dtype) not in self._there:
+            self._there[device, dtype] = self._values_3V.to(device, dtype).flatten()
+        return self._there[device, dtype]
+
+
+def look_up(pixels_N3x: Tensor, table: Table, dtype: torch.dtype) -> Tensor:
+    """uint8 pixels -> their values in a table; the same to the last bit on every device.
 
     Divisions are rounded in another way on a GPU, where torch multiplies by the reciprocal.
 
     Args:
         pixels_N3x: uint8, channels in the second dimension.
-        table_3V: what the 256 levels of each channel become, fp32.
+        table: of the values.
         dtype: of the result.
     """
-    values = table_3V.to(pixels_N3x.device, dtype, non_blocking=True).flatten()
+    values = table.on(pixels_N3x.device, dtype)
     first_of_channel = 256 * torch.arange(3, dtype=torch.int32, device=pixels_N3x.device)
     return values[pixels_N3x.int() + first_of_channel.view(1, 3, *[1] * (pixels_N3x.ndim - 2))]
 
@@ -267,12 +281,12 @@ def _pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _imagenet_table() -> Tensor:
+def _imagenet() -> Table:
     mean_31, std_31 = (torch.tensor(values)[:, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (torch.arange(256).float() / 255.0 - mean_31) / std_31
+    return Table((torch.arange(256).float() / 255.0 - mean_31) / std_31)
 
 
-_IMAGENET_TABLE = _imagenet_table()
+_IMAGENET = _imagenet()
 
 
 def _pad(rows: list[list[int]], length: int, filler: int) -> Tensor:

@@ -9,6 +9,7 @@ kernels are called here as they are there, so that the pixels are the same to th
 4.57.1 and qwen_vl_utils 0.0.14; transformers' slow image processor differs from both by two grey levels).
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sft.config import UserError
-from sft.model.preprocess import Preprocess, look_up
+from sft.model.preprocess import Preprocess, Table, look_up
 from sft.model.sa2va import Layout, VisionInput
 
 IMAGE_START, IMAGE_TOKEN, IMAGE_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
@@ -71,11 +72,14 @@ class PreprocessQwen(Preprocess):
 
     def normalise_vision(self, pixels: VisionInput, dtype: torch.dtype = torch.float32) -> VisionInput:
         """uint8 patches -> normalised patches, on the same device."""
+        by_channel = look_up(pixels.pixels.unflatten(1, (3, -1)), self._table, dtype)
+        return VisionInput(by_channel.flatten(1), pixels.layout)
+
+    @functools.cached_property
+    def _table(self) -> Table:
         mean_31, std_31 = (torch.tensor(values)[:, None] for values in (self.mean, self.std))
         # The fast processor folds the division by 255 into mean and std; so does this, to the last bit.
-        table_3V = torch.arange(256).float().sub(mean_31 * 255.0).div(std_31 * 255.0)
-        by_channel = look_up(pixels.pixels.unflatten(1, (3, -1)), table_3V, dtype)
-        return VisionInput(by_channel.flatten(1), pixels.layout)
+        return Table(torch.arange(256).float().sub(mean_31 * 255.0).div(std_31 * 255.0))
 
     def image_layout(self, height: int, width: int) -> Layout:
         """The layout of the vision tokens of an image of that size (pixels).

@@ -6,11 +6,12 @@ bf16 features, which must not depend on where a filling was interrupted.
 """
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -29,6 +30,14 @@ class Work(Generic[Image]):
 
     image: Image
     key_of_view: dict[int, str]
+
+
+class Filled(NamedTuple):
+    """What was done."""
+
+    entries: int
+    waited_s: float
+    """Seconds in which no image was read in time: the readers were too slow."""
 
 
 def grouped(works: Iterable[Work], size: int) -> list[list[Work]]:
@@ -51,8 +60,8 @@ def fill(
     load: Callable[[Image, Sequence[int]], Loaded],
     readers: Executor,
     show: bool,
-) -> int:
-    """Computes the groups of which something is missing, keeps what is, and returns how many entries that were.
+) -> Filled:
+    """Computes the groups of which something is missing, and keeps what is.
 
     Args:
         store: where they go.
@@ -67,13 +76,17 @@ def fill(
     stream = torch.cuda.Stream(encoders.device) if encoders.device.type == "cuda" else None
     loading: deque[list[Future[Loaded]]] = deque()
     keeping: deque[Future[None]] = deque()
+    waited_s = 0.0
     shown = Progress("Features", len(missing), unit="image") if show and missing else contextlib.nullcontext()
     with ThreadPoolExecutor(1, thread_name_prefix="keep") as keeper, shown as progress:
         try:
             for position, group in enumerate(groups):
                 for later in groups[position + len(loading) : position + LOADED_AHEAD]:
                     loading.append([readers.submit(load, work.image, [*work.key_of_view]) for work in later])
-                entries = encoders.encode([future.result() for future in loading.popleft()])
+                waiting_s = time.perf_counter()
+                loaded = [future.result() for future in loading.popleft()]
+                waited_s += time.perf_counter() - waiting_s
+                entries = encoders.encode(loaded)
                 keys = [key for work in group for key in work.key_of_view.values()]
                 wanted = {key: entry for key, entry in zip(keys, entries, strict=True) if key in missing}
                 done = torch.cuda.current_stream(encoders.device).record_event() if stream else None
@@ -87,7 +100,7 @@ def fill(
         finally:
             for future in (future for several in loading for future in several):
                 future.cancel()
-    return len(missing)
+    return Filled(len(missing), waited_s)
 
 
 def _unfinished(groups: Sequence[Sequence[Work]], missing: set[str], encoders: Encoders) -> list[Sequence[Work]]:

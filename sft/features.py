@@ -33,6 +33,7 @@ from sft.ranks import local_ranks
 
 VIEWS = 8  # the image as it is, its mirror image, and their quarter turns
 READ_AHEAD_BATCHES = 2
+TELL_WAITING_FROM = 0.2  # of the seconds that filling took
 GPU_LENGTHS = 32  # tokens: prompts on a GPU are padded to a multiple, since each length is compiled and graphed anew
 
 Found = TypeVar("Found")
@@ -166,17 +167,19 @@ class Features:
         groups = feature_fill.grouped(works, self._encoders.sizes.images)
         total = sum(len(work.key_of_view) for work in works)
 
-        def computed_of(some: Sequence[Sequence[Work]]) -> int:
-            count = feature_fill.fill(self._store, self._encoders, some, self._load, self._readers, ranks.is_main)
+        def filled(some: Sequence[Sequence[Work]]) -> feature_fill.Filled:
+            done = feature_fill.fill(self._store, self._encoders, some, self._load, self._readers, ranks.is_main)
             self._store.flush()
-            return count
+            return done
 
-        computed = sum(_on_all_ranks(lambda: computed_of(groups[ranks.rank :: ranks.world_size])))
+        shares, waits = zip(*_on_all_ranks(lambda: filled(groups[ranks.rank :: ranks.world_size])), strict=True)
         # What the others computed and this rank cannot see: there is no disk, or not the same.
-        again = max(_on_all_ranks(lambda: computed_of(groups)))
-        seconds, computed = time.monotonic() - started_s, computed or again
+        again = max(_on_all_ranks(lambda: filled(groups).entries))
+        seconds, computed = time.monotonic() - started_s, sum(shares) or again
         text = f"Frozen features: {computed:,} of {total:,} computed in {seconds:.1f} s"
         text += f", {computed / seconds:.0f} images/s" if computed else ""
+        if max(waits) > TELL_WAITING_FROM * seconds and self._device.type == "cuda":
+            text += f" ({max(waits):.1f} s of them waiting for images: a higher num_workers reads faster)"
         text += "; the rest was there" if 0 < computed < total else ""
         text += (
             "; SAM2's encoder trains, so it is not among them: its input images are kept" * self._encoders.sam2_trains

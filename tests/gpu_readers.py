@@ -105,21 +105,23 @@ def of_peak(found: dict, call: Call) -> Iterator[Figure]:
 
 
 def of_profile(found: dict, call: Call) -> Iterator[Figure]:
-    """Idle time and the longest kernels, by batch size."""
+    """Idle time and the longest kernels: of steps by batch size, and of filling."""
     del call
-    for row in found["ours"]:
-        if "profile" not in row:
+    profiles = [(f"batch {row['batch_size']}", "step", row.get("profile")) for row in found["ours"]]
+    profiles.append((f"filling, {found.get('fill_images')} images", "filling", found.get("fill_profile")))
+    for name, once, profile in profiles:
+        if profile is None:
             continue
-        scene, profile = f"{found['shape']}, batch {row['batch_size']}", row["profile"]
+        scene = f"{found['shape']}, {name}"
         if "idle_share" in profile:
-            note = f"{profile['steps']} profiled steps, copies {profile['copies_ms']:.2f} ms a step"
+            note = f"{profile['steps']} profiled {once}s, copies {profile['copies_ms']:.2f} ms a {once}"
             yield Figure(f"{scene}: no kernel runs", 100 * profile["idle_share"], "%", note=note)
         details = tuple(
             f"{kernel['ms']:9.3f} ms {kernel['share']:6.1%} {kernel['calls']:7.0f} calls  {kernel['name']}"
             for kernel in profile["kernels"][:KERNELS]
         )
         whole_ms = sum(kernel["ms"] for kernel in profile["kernels"])
-        yield Figure(f"{scene}: longest kernels", whole_ms, "ms a step in these", note="below", details=details)
+        yield Figure(f"{scene}: longest kernels", whole_ms, f"ms a {once} in these", note="below", details=details)
 
 
 def of_memory(rows: list[dict], call: Call) -> Iterator[Figure]:

@@ -105,6 +105,7 @@ def _lines(figures: dict) -> Iterator[Line]:
         yield from _profile_lines(f"batch {batch}", row.get("profile", {"kernels": []}))
     unit = f"images/s, of {figures['fill_images']} images"
     yield "filling features", f"{figures['fill_images_per_s']:.1f}", unit, _target(figures, "fill_images_per_s")
+    yield from _profile_lines("filling", figures.get("fill_profile", {"kernels": []}), "filling")
     yield "start to the end of the first step", f"{figures['start_s']:.1f}", "s", _target(figures, "start_s", unit="s")
     for row in figures.get("scaling", []):
         target = _target(figures, "scaling") if figures["ranks"] == 2 else ""
@@ -112,11 +113,11 @@ def _lines(figures: dict) -> Iterator[Line]:
         yield name, f"{row['factor']:.2f}", "x samples/s", target
 
 
-def _profile_lines(name: str, profile: dict) -> Iterator[Line]:
+def _profile_lines(name: str, profile: dict, once: str = "step") -> Iterator[Line]:
     if "idle_share" in profile:
-        yield f"no kernel runs, {name}", f"{100 * profile['idle_share']:.1f}", "% of the profiled steps", ""
+        yield f"no kernel runs, {name}", f"{100 * profile['idle_share']:.1f}", f"% of the profiled {once}s", ""
     for kernel in profile["kernels"][:SHOWN_KERNELS]:
-        calls = f"ms, {kernel['calls']:.0f} calls a step, {100 * kernel['share']:.1f} % of all"
+        calls = f"ms, {kernel['calls']:.0f} calls a {once}, {100 * kernel['share']:.1f} % of all"
         yield f"  kernel at {name}: {kernel['name'][:SHOWN_CHARACTERS]}", f"{kernel['ms']:.3f}", calls, ""
 
 

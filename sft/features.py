@@ -169,7 +169,8 @@ class Features:
 
         def filled(some: Sequence[Sequence[Work]]) -> feature_fill.Filled:
             done = feature_fill.fill(self._store, self._encoders, some, self._load, self._readers, ranks.is_main)
-            self._store.flush()
+            if ranks.world_size > 1:
+                self._store.flush()  # the others look for them next
             return done
 
         shares, waits = zip(*_on_all_ranks(lambda: filled(groups[ranks.rank :: ranks.world_size])), strict=True)
@@ -208,10 +209,14 @@ class Features:
         """See `Encoders.set_aside`."""
         self._encoders.set_aside()
 
-    def close(self) -> None:
-        """Writes what is waiting and stops the threads."""
+    def flush(self) -> None:
+        """Returns once what was computed is where other processes find it; raises a UserError if the disk is full."""
+        self._store.flush()
+
+    def close(self, at_most_s: float | None = None) -> None:
+        """Writes what is waiting, for so many seconds at most, and stops the threads."""
         self._readers.shutdown(cancel_futures=True)
-        self._store.close()
+        self._store.close(at_most_s)
 
     def _batches(self, plan: Sequence[Sequence[Item]]) -> Generator[Batch]:
         """The batches of a plan; what the next ones need is read meanwhile."""

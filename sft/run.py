@@ -32,6 +32,7 @@ from sft.settings import DiskError
 from sft.writer import Writer
 
 PICTURED = 4  # validation images in the comparison picture
+AFTER_A_FAILURE_S = 10.0  # for features that wait to be written: they can be computed again
 
 Found = TypeVar("Found")
 
@@ -85,7 +86,7 @@ def prepared(config: TrainConfig, scratch: Path | None = None, split_file: Path 
     config = dataclasses.replace(config, batch_size=number)
     split_file = resumed.parent / "split.json" if resumed else split_file
     loaded_data = on_main(ranks, lambda: data.load(config, split_file=split_file))
-    output_dir, features, size, run = scratch or Path(config.output_dir), None, None, None
+    output_dir, features, size, run, ended = scratch or Path(config.output_dir), None, None, None, False
     try:
         loaded, peft_model, size, largest = _load_model(config, ranks, loaded_data)
         on_main(ranks, lambda: _check_disk(config, size, resumed))
@@ -106,6 +107,7 @@ def prepared(config: TrainConfig, scratch: Path | None = None, split_file: Path 
         run = Run(*parts, Writer(log.line), *state)
         with log, run.writer:
             yield run
+        ended = True
     except BaseException as error:
         told = error
         if isinstance(error, torch.OutOfMemoryError):
@@ -118,7 +120,7 @@ def prepared(config: TrainConfig, scratch: Path | None = None, split_file: Path 
         raise told from error
     finally:
         if features is not None:
-            features.close()
+            features.close(None if ended else AFTER_A_FAILURE_S)
 
 
 def on_main(ranks: engine.Ranks, function: Callable[[], Found]) -> Found:

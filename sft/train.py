@@ -275,6 +275,7 @@ def prepare(config: TrainConfig) -> Prepared:
     try:
         with runs.prepared(config, scratch=folder) as run:
             runs.keep_features(run, all_items(run))
+            run.features.flush()
             split = json.loads((run.directory / "split.json").read_text(encoding="utf-8")) if ranks.is_main else {}
             trainable, number = run.size.lora_parameters + run.size.whole_parameters, run.config.batch_size
         lines = (folder / "training.log").read_text(encoding="utf-8").splitlines() if ranks.is_main else []

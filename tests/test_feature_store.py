@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import zlib
 from concurrent.futures import Future
 from pathlib import Path
@@ -68,7 +69,7 @@ def made(tmp_path):
 
     yield make
     for store in stores:
-        store._failure = None
+        store._failure = store._untold = None
         store.close()
 
 
@@ -412,6 +413,66 @@ def test_what_a_user_can_mend_is_a_users_error(made, monkeypatch, number):
     with pytest.raises(UserError, match=os.strerror(number)):
         store.flush()
     assert store.missing(["a"]) == ["a"] and not list(store.folder.glob(".*"))
+
+
+def test_what_memory_keeps_goes_on_when_the_disk_behind_is_full(made, monkeypatch):
+    """It is told once, a flush raises it for who needs the files, and the end of the run is none the worse."""
+    behind = made()
+    store = MemoryStore(CPU, behind=behind)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(disk_room.os, "replace", fail)
+    store.put("a", entry(1))
+    with pytest.raises(UserError, match="No space left"):
+        store.flush()
+    store.put("b", entry(2))  # is not tried any more
+    assert same(store.read("a"), entry(1)) and same(store.read("b"), entry(2))
+    store.close()
+    (told,) = store.rejected
+    assert "No space left" in told and "kept in memory for this run" in told
+
+
+def test_memory_does_not_wait_for_the_disk_behind(made, monkeypatch):
+    """More entries than may wait elsewhere are put while the first is still being written."""
+    goes_on, written, really = threading.Event(), [], disk_room.write
+
+    def slow(path, packed, *names):
+        goes_on.wait(60)
+        written.append(packed.data.data_ptr())
+        return really(path, packed, *names)
+
+    monkeypatch.setattr(disk_room, "write", slow)
+    behind = made()
+    store = MemoryStore(CPU, behind=behind)
+    keys = [f"entry_{number}" for number in range(disk_room.WRITES_AHEAD + 5)]
+    for number, key in enumerate(keys):
+        store.put(key, entry(number, 800))
+    assert not written and store.missing(keys) == []
+    goes_on.set()
+    store.flush()
+    own = {packed.data.data_ptr() for packed in store._kept.values()}
+    assert set(written) == own, "written from where they are kept"
+    assert same(made().read("entry_3"), entry(3, 800))
+
+
+def test_a_store_that_closes_in_a_hurry_leaves_the_rest_unwritten(made, monkeypatch):
+    goes_on, really = threading.Event(), disk_room.write
+
+    def slow(*arguments):
+        goes_on.wait(60)
+        return really(*arguments)
+
+    monkeypatch.setattr(disk_room, "write", slow)
+    monkeypatch.setattr(disk_room, "wait", lambda writes, at_most_s=None: goes_on.set())  # the time is over
+    store = MemoryStore(CPU, behind=made())
+    keys = [f"entry_{number}" for number in range(40)]
+    for key in keys:
+        store.put(key, entry(1, 800))
+    store.close(at_most_s=0.01)
+    there = set(keys) - set(made().missing(keys))
+    assert len(there) < 40 and all(same(made().read(key), entry(1, 800)) for key in there)
 
 
 def test_an_unforeseen_error_of_a_writing_thread_is_heard(made, monkeypatch):

@@ -73,9 +73,11 @@ class DiskStore:
         self._checked: set[tuple[str, int, int]] = set()
         self._waiting: dict[str, Packed] = {}  # put, not yet written
         self._failure: Exception | None = None
+        self._untold: Exception | None = None  # of an entry that stays in memory
         self._room_to_wait = threading.Semaphore(WRITES_AHEAD)
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
         self._writes: list[Future] = []
+        self._stream: torch.cuda.Stream | None = None
         with self._users_mistakes():
             self._make_folder()
 
@@ -94,11 +96,16 @@ class DiskStore:
             UserError: the disk is full or not writable, for this entry or one before. What is there stays.
         """
         self._raise_failure()
-        path, packed = self._path(key), pack(entry)
+        packed = pack(entry)
         self._room_to_wait.acquire()
-        self._waiting[key] = packed
-        self._writes = [write for write in self._writes if not write.done()]
-        self._writes.append(self._writers.submit(self._write, path, key, packed))
+        self._have_written(key, packed, kept=False)
+
+    def put_kept(self, key: str, packed: Packed) -> None:
+        """Has an entry written that stays in its memory, a GPU's or the host's; copies nothing and waits for nothing.
+
+        Once the disk is full, the rest is not tried: `rejected` tells, and `flush` raises.
+        """
+        self._have_written(key, packed, kept=True)
 
     def at_once(self, key: str, device: torch.device) -> None:
         """Never anything: it is in no device's memory."""
@@ -134,11 +141,19 @@ class DiskStore:
         """Returns once everything put is on its way to the disk and visible to others; raises as `put` does."""
         wait(self._writes)
         self._raise_failure()
+        if self._untold:
+            raise self._untold
 
-    def close(self) -> None:
-        """Writes what is waiting and stops the threads; raises as `put` does."""
-        self._writers.shutdown()
-        self.flush()
+    def close(self, at_most_s: float | None = None) -> None:
+        """Writes what is waiting and stops the threads; raises as `put` does, of what is not kept elsewhere.
+
+        Args:
+            at_most_s: what takes longer is left unwritten.
+        """
+        wait(self._writes, at_most_s)
+        self._writers.shutdown(cancel_futures=True)
+        self._writes.clear()  # to wait for one that was cancelled would take for ever
+        self._raise_failure()
 
     def _path(self, key: str) -> Path:
         return self.folder / (_legal(key) + ENDING)
@@ -158,19 +173,42 @@ class DiskStore:
                     if time.time() - partial.stat().st_mtime > LEFT_OVER_AFTER_S:
                         partial.unlink()
 
-    def _write(self, path: Path, key: str, packed: Packed) -> None:
+    def _have_written(self, key: str, packed: Packed, *, kept: bool) -> None:
+        path = self._path(key)
+        self._waiting[key] = packed
+        self._writes = [write for write in self._writes if not write.done()]
+        self._writes.append(self._writers.submit(self._write, path, key, packed, kept))
+
+    def _write(self, path: Path, key: str, packed: Packed, kept: bool) -> None:
         try:
-            if self._failure is None:
+            if self._failure is None and self._untold is None:
                 with self._users_mistakes():
                     if not self.folder.is_dir():  # deleted since
                         self._make_folder()
-                    _replace(path, lambda partial: write(partial, packed, self._name, key))
+                    _replace(path, lambda partial: write(partial, self._on_host(packed), self._name, key))
                 self._unusable.discard(key)
         except Exception as error:  # of a thread: `put` and `flush` raise it where somebody hears it
-            self._failure = error
+            if kept and self._untold is None:
+                self._untold = error
+                self.rejected += (f"{error}; kept in memory for this run",)
+            elif not kept:
+                self._failure = error
         finally:
             self._waiting.pop(key, None)
-            self._room_to_wait.release()
+            if not kept:
+                self._room_to_wait.release()
+
+    def _on_host(self, packed: Packed) -> Packed:
+        """An entry in host memory; from a GPU on a stream of its own, since the step's has a queue."""
+        if not packed.data.is_cuda:
+            return packed
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(packed.data.device)
+        with torch.cuda.stream(self._stream):
+            data = torch.empty(packed.data.shape, dtype=torch.uint8, pin_memory=True)
+            data.copy_(packed.data, non_blocking=True)
+            self._stream.record_event().synchronize()
+        return Packed(packed.parts, data)
 
     def _reject(self, path: Path, key: str, reason: str) -> None:
         self.rejected += (f"{path}: not used, {reason}",)

@@ -40,7 +40,7 @@ class NoStore:
     def flush(self) -> None:
         """Nothing to wait for."""
 
-    def close(self) -> None:
+    def close(self, at_most_s: float | None = None) -> None:
         """Nothing to stop."""
 
 
@@ -70,11 +70,13 @@ class MemoryStore:
         return self._behind.missing(unkept) if self._behind else unkept
 
     def put(self, key: str, entry: Entry) -> None:
-        """Copies an entry into this memory and onto the disk behind."""
-        if self._behind:
-            self._behind.put(key, entry)
+        """Copies an entry into this memory, from where it goes onto the disk behind in its own time."""
         if key not in self._kept:
             self._kept[key] = pack(entry, self._room(parts_of(entry)[-1].stop))
+        if self._behind:
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()  # whoever writes is on another stream
+            self._behind.put_kept(key, self._kept[key])
 
     def at_once(self, key: str, device: torch.device) -> Packed | None:
         """An entry that is in the memory of that device already."""
@@ -98,10 +100,10 @@ class MemoryStore:
         if self._behind:
             self._behind.flush()
 
-    def close(self) -> None:
-        """Closes the disk store behind; the memory is free with the last reference."""
+    def close(self, at_most_s: float | None = None) -> None:
+        """Closes the disk store behind, see there; the memory is free with the last reference."""
         if self._behind:
-            self._behind.close()
+            self._behind.close(at_most_s)
 
     def _room(self, wanted_bytes: int) -> Tensor:
         """Memory for one entry, from the current slab or a new one."""

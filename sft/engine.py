@@ -117,6 +117,9 @@ def start(config: TrainConfig) -> Ranks:
     # Otherwise init_distributed compiles a shared-memory extension: 100 s, a C++ compiler, 66 MiB of /dev/shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
+    steps_on_cpu = backend == "gloo" or zero_json.offloads(zero_json.read(config.deepspeed_config))
+    if not steps_on_cpu and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # else each reader and writer copies by as many threads as there are cores
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return Ranks(rank, local_rank, world_size, device)
 
@@ -355,8 +358,6 @@ def _pick_device(local_rank: int, precision: str) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise UserError(f"LOCAL_RANK {local_rank}: only {torch.cuda.device_count()} GPU(s) are visible to this process")
     torch.cuda.set_device(local_rank)
-    if "OMP_NUM_THREADS" not in os.environ:  # else each reader and writer copies by as many threads as there are cores
-        torch.set_num_threads(1)
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"precision bf16: {torch.cuda.get_device_name()} cannot compute in bf16; use --precision fp32")
     return torch.device("cuda", local_rank)

@@ -169,8 +169,10 @@ class Features:
 
         def filled(some: Sequence[Sequence[Work]]) -> feature_fill.Filled:
             done = feature_fill.fill(self._store, self._encoders, some, self._load, self._readers, ranks.is_main)
-            if ranks.world_size > 1:
-                self._store.flush()  # the others look for them next
+            if ranks.world_size > 1 or isinstance(
+                self._store, DiskStore
+            ):  # the others look for them next, or the steps
+                self._store.flush()
             return done
 
         shares, waits = zip(*_on_all_ranks(lambda: filled(groups[ranks.rank :: ranks.world_size])), strict=True)
@@ -193,10 +195,10 @@ class Features:
         return prefetch.prefetched(self._batches(plan), None if encodes else self._assembly)
 
     def rejected(self) -> list[str]:
-        """Lines on entries that were damaged and computed again, since the last call."""
+        """Lines on entries that were damaged or could not be written, since the last call."""
         lines = self._store.rejected[self._rejected :]
         self._rejected += len(lines)
-        return [f"{line}; computed again" for line in lines]
+        return list(lines)
 
     def blank(self, size_hw: tuple[int, int], count: int) -> Batch:
         """A batch of black images of one size (pixels), read nowhere and kept nowhere: to try what a step takes."""

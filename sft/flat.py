@@ -104,9 +104,10 @@ class _Handover(torch.autograd.Function):
 
     @staticmethod
     def backward(context, scale: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, context.gradients = context.gradients, ()  # the last reference: autograd takes them without a copy
         if not context.scaled:
-            return None, None, *context.gradients
-        return None, None, *(gradient * scale.to(gradient.dtype) for gradient in context.gradients)
+            return None, None, *gradients
+        return None, None, *(gradient * scale.to(gradient.dtype) for gradient in gradients)
 
 
 class Vectors(nn.Module):

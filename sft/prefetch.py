@@ -5,12 +5,15 @@ is no second device that could work meanwhile. It does not know what a batch is,
 """
 
 import contextlib
+from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+AHEAD_BATCHES = 2  # whose steps the device has still to do, beside the one it is at
 
 
 class _Tensors(Protocol):
@@ -31,7 +34,11 @@ def prefetched(batches: Generator[Batch], stream: torch.cuda.Stream | None) -> I
         yield from batches
         return
 
+    handed_out: deque[torch.cuda.Event] = deque()  # after which the step that used a batch is done
+
     def following() -> tuple[Batch, torch.cuda.Event] | None:
+        if len(handed_out) > AHEAD_BATCHES:  # a loop that is far ahead of its device would fill it with batches
+            handed_out.popleft().synchronize()
         with torch.cuda.stream(stream):  # also picks the device, which a new thread does not know
             batch = next(batches, None)
             return None if batch is None else (batch, stream.record_event())
@@ -47,3 +54,5 @@ def prefetched(batches: Generator[Batch], stream: torch.cuda.Stream | None) -> I
                 if tensor.is_cuda:
                     tensor.record_stream(current)  # its memory came from the other stream's share
             yield batch
+            handed_out.append(torch.cuda.Event(blocking=True))
+            handed_out[-1].record(current)

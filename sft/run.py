@@ -6,6 +6,7 @@ Takes a TrainConfig, gives a `Run` that the loop in train.py drives. It decides 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -32,7 +33,6 @@ from sft.settings import DiskError
 from sft.writer import Writer
 
 PICTURED = 4  # validation images in the comparison picture
-AFTER_A_FAILURE_S = 10.0  # for features that wait to be written: they can be computed again
 
 Found = TypeVar("Found")
 
@@ -86,7 +86,7 @@ def prepared(config: TrainConfig, scratch: Path | None = None, split_file: Path 
     config = dataclasses.replace(config, batch_size=number)
     split_file = resumed.parent / "split.json" if resumed else split_file
     loaded_data = on_main(ranks, lambda: data.load(config, split_file=split_file))
-    output_dir, features, size, run, ended = scratch or Path(config.output_dir), None, None, None, False
+    output_dir, features, size, run = scratch or Path(config.output_dir), None, None, None
     try:
         loaded, peft_model, size, largest = _load_model(config, ranks, loaded_data)
         on_main(ranks, lambda: _check_disk(config, size, resumed))
@@ -107,7 +107,8 @@ def prepared(config: TrainConfig, scratch: Path | None = None, split_file: Path 
         run = Run(*parts, Writer(log.line), *state)
         with log, run.writer:
             yield run
-        ended = True
+            features.close()  # what it could not write still belongs in the log
+            tell_rejected(run)
     except BaseException as error:
         told = error
         if isinstance(error, torch.OutOfMemoryError):
@@ -120,7 +121,7 @@ def prepared(config: TrainConfig, scratch: Path | None = None, split_file: Path 
         raise told from error
     finally:
         if features is not None:
-            features.close(None if ended else AFTER_A_FAILURE_S)
+            features.close(at_most_s=10.0)  # what waits to be written can be computed again
 
 
 def on_main(ranks: engine.Ranks, function: Callable[[], Found]) -> Found:
@@ -188,8 +189,8 @@ def keep_features(run: Run, items: list[Item], now: list[Item] | None = None) ->
     """
     reserve_bytes = 0
     if run.ranks.device.type == "cuda":
-        held = torch.cuda.memory_allocated(run.ranks.device)
-        reserve_bytes = still_needed(run.config, run.size, run.ranks.world_size, held)
+        held_bytes = torch.cuda.memory_allocated(run.ranks.device)
+        reserve_bytes = still_needed(run.config, run.size, run.ranks.world_size, held_bytes)
     run.log.line(run.features.choose(items, run.ranks, reserve_bytes, dry=now is not None).sentence)
     if filled := run.features.fill(items if now is None else now, run.ranks):
         run.log.line(filled)
@@ -198,10 +199,9 @@ def keep_features(run: Run, items: list[Item], now: list[Item] | None = None) ->
 
 
 def tell_rejected(run: Run) -> None:
-    """Names the entries of the feature cache that were damaged, on any rank, since the last call. Collective."""
-    for lines in engine.gather_objects(run.features.rejected()):
-        for line in lines:
-            run.log.line(f"warning: {line}")
+    """Names entries of the feature cache damaged or not written, on any rank, since the last call. Collective."""
+    for line in itertools.chain(*engine.gather_objects(run.features.rejected())):
+        run.log.line(f"warning: {line}")
 
 
 def draw_comparison(run: Run) -> None:

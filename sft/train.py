@@ -4,6 +4,7 @@ Takes a TrainConfig, gives a `Result`; everything it needs of the world stands i
 same path; only the log of the main rank writes.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -104,20 +105,21 @@ def train_epoch(run: Run, epoch: int) -> None:
     sums: dict[str, Tensor] = {}
     effort = operations.Effort(run.loaded.model, run.ranks.device)
     plan = epoch_plan(run, epoch)
-    for number, batch in enumerate(watch.timed("data", run.features.batches(plan)), start=1):
-        lr = run.ds_engine.learning_rate()  # of this step; the step itself moves it on
-        terms = train_step(run, batch, watch)
-        effort.add(batch.prompt)
-        sums = {name: sums.get(name, 0) + value for name, value in terms.items()}
-        if number % config.gradient_accumulation_steps:
-            continue
-        run.progress = dataclasses.replace(run.progress, step=run.progress.step + 1)
-        if check is not None:
-            check = _assert_learning(run, check)
-        run.log.advance()
-        if run.progress.step % config.log_every_steps == 0:
-            run.watch.check(config)
-            run.log.step({"epoch": epoch, "step": run.progress.step, "lr": lr} | _loss_row(terms))
+    with contextlib.closing(run.features.batches(plan)) as batches:
+        for number, batch in enumerate(watch.timed("data", batches), start=1):
+            lr = run.ds_engine.learning_rate()  # of this step; the step itself moves it on
+            terms = train_step(run, batch, watch)
+            effort.add(batch.prompt)
+            sums = {name: sums.get(name, 0) + value for name, value in terms.items()}
+            if number % config.gradient_accumulation_steps:
+                continue
+            run.progress = dataclasses.replace(run.progress, step=run.progress.step + 1)
+            if check is not None:
+                check = _assert_learning(run, check)
+            run.log.advance()
+            if run.progress.step % config.log_every_steps == 0:
+                run.watch.check(config)
+                run.log.step({"epoch": epoch, "step": run.progress.step, "lr": lr} | _loss_row(terms))
     run.watch.check(config)
     run.progress = dataclasses.replace(run.progress, epoch=epoch)
     means = {name: engine.all_reduce_sum(value / len(plan)) / run.ranks.world_size for name, value in sums.items()}

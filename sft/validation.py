@@ -4,6 +4,7 @@ Takes a `Run`, or the directory of a run's checkpoint and that of a model; gives
 [SEG] rate. Does not know epochs, losses or which checkpoint is kept.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -79,16 +80,16 @@ def seg_rate(run: Run) -> float:
     chosen = [val[index * len(val) // count] for index in range(count)]
     seg_in_answer = len(preprocess.forced_ids) - 1
     of_length: dict[int, list[tuple[Prompt, VisionFeatures]]] = {}  # decoded together: padding has no place in between
-    for batch in run.features.batches([[Item(pair)] for pair in chosen]):
-        length = int(batch.prompt.seg_position_B) - seg_in_answer
-        of_length.setdefault(length, []).append((batch.prompt.first(length), batch.vision))
+    with contextlib.closing(run.features.batches([[Item(pair)] for pair in chosen])) as batches:
+        for batch in batches:
+            length = int(batch.prompt.seg_position_B) - seg_in_answer
+            of_length.setdefault(length, []).append((batch.prompt.first(length), batch.vision))
     together = [asked[start : start + most] for asked in of_length.values() for start in range(0, len(asked), most)]
-    stops = [*preprocess.stop_token_ids, preprocess.seg_token_id]  # what follows [SEG] changes nothing
     arrived = 0
     for asked in together:
         questions, visions = zip(*asked, strict=True)
         question, vision = Prompt.join(questions), VisionFeatures.join(visions)
-        answers_BL = run.loaded.model.generate(question, vision, stops, MAX_ANSWER_TOKENS)
+        answers_BL = run.loaded.model.generate(question, vision, preprocess.stop_token_ids, MAX_ANSWER_TOKENS)
         arrived += int((answers_BL == preprocess.seg_token_id).any(-1).sum())
     return arrived / count
 
@@ -137,11 +138,12 @@ def _answers(
     model: Callable[..., Output], features: Features, plan: list[list[Item]]
 ) -> Iterator[tuple[int, Batch, list[int], Tensor, Tensor]]:
     """Each batch's number, the batch, rows of it whose masks have one size, their logits and truth at that size."""
-    for number, batch in enumerate(features.batches(plan)):
-        output = model(batch.prompt, batch.vision, batch.sam2)
-        for rows in rows_by_size(batch):
-            truth_BHW = torch.stack([batch.masks[row] for row in rows])
-            yield number, batch, rows, upsample(output.masks.logits_Bhw[rows], tuple(truth_BHW.shape[1:])), truth_BHW
+    with contextlib.closing(features.batches(plan)) as batches:
+        for number, batch in enumerate(batches):
+            logits_Bhw = model(batch.prompt, batch.vision, batch.sam2).masks.logits_Bhw
+            for rows in rows_by_size(batch):
+                truth_BHW = torch.stack([batch.masks[row] for row in rows])
+                yield number, batch, rows, upsample(logits_Bhw[rows], tuple(truth_BHW.shape[1:])), truth_BHW
 
 
 def _predicted(logits_BHW: Tensor, batch: Batch, rows: list[int], config: TrainConfig) -> dict[str, np.ndarray]:

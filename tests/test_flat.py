@@ -54,7 +54,12 @@ def test_gradients_of_leaves_reach_the_vector_scaled(micro_batches):
     (named["a"].square().sum() + 3 * named["c"]).backward()
     expected = {"a": 2 * named["a"].detach(), "b": torch.zeros(7), "c": torch.tensor(3.0)}
     held = Vectors([vector], scaled=micro_batches > 1)
-    (held((vector.take_gradients(),)) / micro_batches).backward()
+    gradients = vector.take_gradients()
+    place, total = gradients.data_ptr(), held((gradients,))
+    del gradients
+    (total / micro_batches).backward()
+    if micro_batches == 1:
+        assert vector.parameter.grad.data_ptr() == place, "handed over, not copied"
     assert all(leaf.grad is None for leaf in named.values())
     for name, part in vector.layout.cut(vector.parameter.grad).items():
         torch.testing.assert_close(part, expected[name] / micro_batches)

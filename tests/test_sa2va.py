@@ -250,6 +250,22 @@ def test_generation_is_greedy_decoding_that_ends_at_a_stop_token(batch):
     assert stopped.tolist() == [expected[: expected.index(expected[2]) + 1]]
 
 
+@torch.no_grad()
+def test_a_row_that_has_ended_never_says_seg_while_another_goes_on(batch):
+    """Its rest is filled with the end of the turn: to fill it with [SEG] would count as an answer."""
+    tokens, layouts, _ = batch
+    tokens = of_image(tokens, layouts, 0)
+    model, seg = small.model(), small.preprocess().seg_token_id
+    question = prompt_of(layouts[:1]).first(len(small.preprocess().question_ids(small.QUESTION, layouts[0])))
+    other = dataclasses.replace(tokens, tokens_MC=3 * torch.randn_like(tokens.tokens_MC))
+    together = Prompt.join([question, question]), VisionFeatures.join([tokens, other])
+    free = model.generate(*together, [seg, model.language_model.config.vocab_size - 1], 6).tolist()
+    end = next(token for token in free[0] if token not in free[1] and token != seg)
+    stopped = model.generate(*together, [seg, end], 6).tolist()
+    length = free[0].index(end) + 1
+    assert stopped == [free[0][:length] + [end] * (len(free[1]) - length), free[1]] and length < len(free[1])
+
+
 def test_pixel_shuffle_by_hand():
     # One tile of 4 x 4 patches with one channel, numbered row by row; ratio 0.5 makes 2 x 2 tokens of 4 channels.
     patches = torch.arange(16.0).view(1, 16, 1)

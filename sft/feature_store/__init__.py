@@ -21,8 +21,8 @@ Choices, with what they were measured against (2 cores, ext4 on a virtual disk, 
   process's first read of an entry (7 GB/s on an idle core, less with older zlibs; in the threads that read).
 - No fsync: what a power cut leaves is found by the CRC and computed again.
 - Memory stores pack entries into slabs: single pinned allocations are rounded up to powers of two.
-- In front of a disk store, a memory store takes from it what it has not kept: a sweep's trials compute nothing again. What
-  it keeps is written from there in the disk's own time: a slow disk holds up no filling, and a full one no run.
+- In front of a disk store, a memory store takes from it what it has not kept: a sweep's trials compute nothing again.
+  What it keeps is written from there in the disk's own time: a slow disk holds up no filling, and a full one no run.
 """
 
 from sft.feature_store.disk import DiskStore, cache_directory, keys_in, listed, stores_in

@@ -68,7 +68,7 @@ class DiskStore:
     def __init__(self, root: Path, scope: str, about: Mapping[str, Any], pin: bool = False):
         self._root, self._name, self._about, self._pin = Path(root), _legal(f"v{FORMAT}-{scope}"), dict(about), pin
         self.folder = self._root / self._name
-        self.rejected: tuple[str, ...] = ()  # files that were not used, and why
+        self.rejected: tuple[str, ...] = ()  # files that were not used or not written, and why
         self._unusable: set[str] = set()  # keys whose damaged file could not be removed
         self._checked: set[tuple[str, int, int]] = set()
         self._waiting: dict[str, Packed] = {}  # put, not yet written
@@ -76,7 +76,8 @@ class DiskStore:
         self._untold: Exception | None = None  # of an entry that stays in memory
         self._room_to_wait = threading.Semaphore(WRITES_AHEAD)
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
-        self._writes: list[Future] = []
+        self._writes: set[Future] = set()  # not done
+        self._lock = threading.Lock()  # of what several threads change
         self._stream: torch.cuda.Stream | None = None
         with self._users_mistakes():
             self._make_folder()
@@ -139,7 +140,7 @@ class DiskStore:
 
     def flush(self) -> None:
         """Returns once everything put is on its way to the disk and visible to others; raises as `put` does."""
-        wait(self._writes)
+        wait(list(self._writes))
         self._raise_failure()
         if self._untold:
             raise self._untold
@@ -148,9 +149,9 @@ class DiskStore:
         """Writes what is waiting and stops the threads; raises as `put` does, of what is not kept elsewhere.
 
         Args:
-            at_most_s: what takes longer is left unwritten.
+            at_most_s: what has not begun to be written by then is left unwritten.
         """
-        wait(self._writes, at_most_s)
+        wait(list(self._writes), at_most_s)
         self._writers.shutdown(cancel_futures=True)
         self._writes.clear()  # to wait for one that was cancelled would take for ever
         self._raise_failure()
@@ -176,8 +177,9 @@ class DiskStore:
     def _have_written(self, key: str, packed: Packed, *, kept: bool) -> None:
         path = self._path(key)
         self._waiting[key] = packed
-        self._writes = [write for write in self._writes if not write.done()]
-        self._writes.append(self._writers.submit(self._write, path, key, packed, kept))
+        write = self._writers.submit(self._write, path, key, packed, kept)
+        self._writes.add(write)
+        write.add_done_callback(self._writes.discard)
 
     def _write(self, path: Path, key: str, packed: Packed, kept: bool) -> None:
         try:
@@ -188,11 +190,12 @@ class DiskStore:
                     _replace(path, lambda partial: write(partial, self._on_host(packed), self._name, key))
                 self._unusable.discard(key)
         except Exception as error:  # of a thread: `put` and `flush` raise it where somebody hears it
-            if kept and self._untold is None:
-                self._untold = error
-                self.rejected += (f"{error}; kept in memory for this run",)
-            elif not kept:
-                self._failure = error
+            with self._lock:
+                if not kept:
+                    self._failure = error
+                elif self._untold is None:
+                    self._untold = error
+                    self.rejected += (f"{error}; kept in memory for this run",)
         finally:
             self._waiting.pop(key, None)
             if not kept:
@@ -202,16 +205,17 @@ class DiskStore:
         """An entry in host memory; from a GPU on a stream of its own, since the step's has a queue."""
         if not packed.data.is_cuda:
             return packed
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(packed.data.device)
-        with torch.cuda.stream(self._stream):
+        with self._lock:
+            self._stream = stream = self._stream or torch.cuda.Stream(packed.data.device)
+        with torch.cuda.stream(stream):
             data = torch.empty(packed.data.shape, dtype=torch.uint8, pin_memory=True)
             data.copy_(packed.data, non_blocking=True)
-            self._stream.record_event().synchronize()
+            stream.record_event().synchronize()
         return Packed(packed.parts, data)
 
     def _reject(self, path: Path, key: str, reason: str) -> None:
-        self.rejected += (f"{path}: not used, {reason}",)
+        with self._lock:
+            self.rejected += (f"{path}: not used, {reason}; computed again",)
         try:
             path.unlink(missing_ok=True)  # so that other processes need not find out
         except OSError:

@@ -7,8 +7,9 @@ names and weights. It does not know images, LoRA or losses.
 Shapes: B samples, L positions, C width, R positions read per sample, K deepstack maps, M image positions in the batch.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,8 @@ class Decoder:
             samples = tuple(part.detach().clone() for part in inputs)
             # Recording draws dropout masks; a run that resumes records at another step than one that did not.
             random_state = torch.cuda.get_rng_state(inputs[0].device)
-            self._graphs[key] = torch.cuda.make_graphed_callables(_Recorded(self), samples, allow_unused_input=True)
+            with _capturing_this_thread_alone():
+                self._graphs[key] = torch.cuda.make_graphed_callables(_Recorded(self), samples, allow_unused_input=True)
             torch.cuda.set_rng_state(random_state, inputs[0].device)
         return self._graphs[key]
 
@@ -130,6 +132,17 @@ class _Recorded(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self._decoder._run(*inputs)
+
+
+@contextlib.contextmanager
+def _capturing_this_thread_alone() -> Iterator[None]:
+    """Recording does not forbid other threads what it forbids: they put batches together and write features."""
+    graph = torch.cuda.graph
+    torch.cuda.graph = functools.partial(graph, capture_error_mode="thread_local")
+    try:
+        yield
+    finally:
+        torch.cuda.graph = graph
 
 
 def _recomputed(run: Callable[..., Tensor]) -> Callable[..., Tensor]:

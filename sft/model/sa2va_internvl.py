@@ -90,7 +90,7 @@ class Sa2VAInternVL(Sa2VA):
             top_k=None,
             max_new_tokens=max_tokens,
             eos_token_id=stop_token_ids,
-            pad_token_id=stop_token_ids[0],
+            pad_token_id=stop_token_ids[-1],  # rows that have ended are filled with it: not with [SEG]
         )
 
 

@@ -1,5 +1,8 @@
 """The decoder's own loop over the layers: equal to transformers' forward, with recomputing, compiling and graphs."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import (
@@ -151,6 +154,36 @@ def test_compiled_and_graphed_layers_agree_with_eager_ones(graph_tokens):
     for _ in range(3):  # recording, then replaying
         for one, other in zip(states_and_gradients(decoder, inputs, read_BR), expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.gpu
+def test_a_graph_is_recorded_while_another_thread_pins_memory_and_copies():
+    """As threads do that put batches together and write features: CUDA forbids it while all threads are captured."""
+    model, ended = build(*PLAIN["qwen2"]).train().cuda(), threading.Event()
+    decoder = Decoder(model)
+    decoder.graph_tokens = 10_000
+
+    def copies() -> int:
+        count = 0
+        with torch.cuda.stream(torch.cuda.Stream()):
+            while not ended.is_set():
+                count += 1
+                held = [torch.empty(1000 * count, pin_memory=True) for _ in range(2)]
+                held[0].cuda(non_blocking=True)
+                torch.cuda.current_stream().record_event().synchronize()
+        return count
+
+    with ThreadPoolExecutor(1) as thread:
+        other = thread.submit(copies)
+        try:
+            for length in (20, 16, 12):  # one graph each
+                read_BR = READ_BR.clamp(max=length - 1).cuda()
+                found = states_and_gradients(decoder, embeddings()[:, :length].cuda(), read_BR)
+                assert all(torch.isfinite(part).all() for part in found)
+        finally:
+            ended.set()
+        assert other.result() > 0
+    assert len(decoder._graphs) == 3 and torch.cuda.graph.__name__ == "graph"
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -63,7 +63,7 @@ class Batch:
     def tensors(self) -> Iterator[Tensor]:
         """All of them."""
         prompt, sam2 = self.prompt, self.sam2
-        parts = [prompt.input_ids_BL, prompt.seg_position_B, prompt.labels_BL, prompt.position_ids_3BL, *self.vision]
+        parts = [getattr(prompt, one.name) for one in fields(prompt)] + [*self.vision]
         parts += [sam2] if isinstance(sam2, Tensor) else [sam2.level0_BCHW, sam2.level1_BCHW, sam2.embedding_BDHW]
         return (part for part in (*parts, *self.masks) if part is not None)
 

@@ -173,7 +173,7 @@ def _loss(
         embedding = model.text_hidden_fcs(state)
         task_loss = functional.cross_entropy(task_head(embedding).float(), targets)
         # The state at [SEG] predicts the full stop; its gradient must not pull the mask's embedding.
-        text_loss = model.text_loss(_detach_at(hidden, prompt.seg_position_B), prompt.labels_BL)
+        text_loss = model.text_loss(_detach_at(hidden, prompt.seg_position_B), prompt)
         decoded = model.decode_masks(embedding.view(batch, count, -1), features)
     # Any of the three masks may be the one of highest predicted IoU later, so each is trained, one a step.
     chosen = int(torch.randint(3, (), generator=generator))

@@ -88,8 +88,14 @@ def step(run: Run, batch: Batch, watch: Stopwatch, effort: operations.Effort) ->
 @pytest.mark.parametrize("family", ["internvl", *small_qwen.FAMILIES])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"gradient_accumulation_steps": 2}, {"train_modules": ("mask_decoder",)}, {"gradient_checkpointing": True}],
-    ids=["plain", "accumulation", "decoder trains", "recomputed"],
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"train_modules": ("mask_decoder",)},
+        {"gradient_checkpointing": True},
+        {"text_weight": 0.1},
+    ],
+    ids=["plain", "accumulation", "decoder trains", "recomputed", "text"],
 )
 def test_nothing_in_a_step_would_wait(config, tmp_path, family, changes):
     if family != "internvl":

@@ -81,8 +81,8 @@ def test_a_batch_tells_all_its_tensors(sam2_trains):
         return torch.zeros(1)
 
     sam2 = new() if sam2_trains else Sam2Features(new(), new(), new(), projected=True)
-    batch = Batch((), Prompt(new(), new(), new(), new()), VisionFeatures(new(), new()), sam2, (new(), new()))
+    batch = Batch((), Prompt(new(), new(), new(), new(), new()), VisionFeatures(new(), new()), sam2, (new(), new()))
     assert {id(tensor) for tensor in batch.tensors()} == {id(tensor) for tensor in tensors_in(batch)}
-    assert len(tensors_in(batch)) == (9 if sam2_trains else 11)
+    assert len(tensors_in(batch)) == (10 if sam2_trains else 12)
     without = dataclasses.replace(batch, prompt=Prompt(new(), new()), vision=VisionFeatures(new()))
     assert all(isinstance(tensor, Tensor) for tensor in without.tensors())

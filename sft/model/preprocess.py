@@ -158,11 +158,13 @@ class Preprocess:
             seg_positions.append(len(question_ids) + answer.index(self.seg_token_id))
         longest = -(-max(map(len, rows)) // multiple_of) * multiple_of
         input_ids_BL = _pad(rows, longest, self.stop_token_ids[-1])
+        labels_BL = _pad(labels, longest, IGNORED) if with_labels else None
         return Prompt(
             input_ids_BL,
             torch.tensor(seg_positions),
-            _pad(labels, longest, IGNORED) if with_labels else None,
+            labels_BL,
             self.position_ids(input_ids_BL, layouts),
+            (labels_BL != IGNORED).flatten().nonzero()[:, 0] if with_labels else None,
         )
 
     def position_ids(self, input_ids_BL: Tensor, layouts: list[Layout]) -> Tensor | None:

@@ -12,7 +12,7 @@ K deepstack levels, D SAM2 width (256 in the published models), P prompts per im
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -88,10 +88,13 @@ class Prompt:
     seg_position_B: Tensor  # index of the [SEG] token in its row
     labels_BL: Tensor | None = None  # the token to predict *at* each position, -100 where none counts
     position_ids_3BL: Tensor | None = None  # Qwen: time, row and column of each token; else positions count up
+    labelled_N: Tensor | None = (
+        None  # places of the labels, row * L + position: to find them on a GPU would wait for it
+    )
 
     def to(self, device: torch.device | str) -> "Prompt":
         """The same on a device; on a GPU without waiting for what it still has to do."""
-        parts = (self.input_ids_BL, self.seg_position_B, self.labels_BL, self.position_ids_3BL)
+        parts = tuple(getattr(self, field.name) for field in fields(self))
         if torch.device(device).type == "cuda":
             parts = tuple(part if part is None or part.is_cuda else part.pin_memory() for part in parts)
         return Prompt(*(None if part is None else part.to(device, non_blocking=True) for part in parts))
@@ -237,7 +240,7 @@ class Sa2VA(nn.Module):
             rows_B = torch.arange(len(states.seg_BLC), device=states.seg_BLC.device)
             seg_state_BC = states.seg_BLC[rows_B, prompt.seg_position_B]
         masks = self.decode_masks(self.text_hidden_fcs(seg_state_BC)[:, None], sam2_features)
-        text_loss = None if prompt.labels_BL is None else self.text_loss(states.normed_BLC, prompt.labels_BL)
+        text_loss = None if prompt.labels_BL is None else self.text_loss(states.normed_BLC, prompt)
         return Output(masks, seg_state_BC, text_loss)
 
     def sam2_features(self, images_B3HW: Tensor, *, project: bool = True) -> Sam2Features:
@@ -253,11 +256,13 @@ class Sa2VA(nn.Module):
         places_BL1 = (input_ids_BL == self.image_token_id)[..., None]
         return embeddings_BLC.masked_scatter(places_BL1, vision.tokens_MC.to(embeddings_BLC.dtype))
 
-    def text_loss(self, hidden_BLC: Tensor, labels_BL: Tensor) -> Tensor:
+    def text_loss(self, hidden_BLC: Tensor, prompt: Prompt) -> Tensor:
         """Mean cross entropy in fp32 over the labelled positions; the head runs on those alone."""
-        labelled_BL = labels_BL != -100
-        logits = self.head(hidden_BLC[labelled_BL]).float()
-        return functional.cross_entropy(logits, labels_BL[labelled_BL])
+        labels, labelled_N = prompt.labels_BL.flatten(), prompt.labelled_N
+        if labelled_N is None:
+            labelled_N = (labels != -100).nonzero()[:, 0]
+        logits = self.head(hidden_BLC.flatten(0, 1).index_select(0, labelled_N)).float()
+        return functional.cross_entropy(logits, labels.index_select(0, labelled_N))
 
     def decode_masks(self, seg_embedding_BPD: Tensor, features: Sam2Features) -> Masks:
         """[SEG] embeddings -> masks; with P > 1 prompts per image the rows come out image by image, (B*P, ...)."""

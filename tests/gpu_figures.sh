@@ -108,7 +108,7 @@ scaling() {
   if [ "$(gpus)" = 1 ]; then skip scaling "one GPU here, two are needed"; return; fi
   benchmark scaling 420 "$SHAPE" "${few[@]}" --batch_sizes "$batches" --ranks 2 --no_plain
 }
-loss() { measure loss 300 "$logs/loss/losses.json" python3 tests/gpu_losses.py "$logs/loss" "${losses[@]}"; }
+loss() { measure loss 300 "$logs/loss/losses.json" python3 tests/gpu_losses.py "$logs/loss" --host "${losses[@]}"; }
 sizes() {
   local choice shape cold
   for choice in ${1:-${sizes[*]}}; do

@@ -1,14 +1,16 @@
 """Measures ComboLoss forward and backward on one GPU: eager, torch.compile and the kernels.
 
-Usage: python tests/gpu_losses.py OUT [--batches 8x1024,8x512] [--calls 200] [--blocks] [--without_compile]
+Usage: python tests/gpu_losses.py OUT [--batches 8x1024,8x512] [--calls 200] [--blocks] [--host] [--without_compile]
 Twice per batch: logits at the masks' size (the loss alone), and logits on a 256 x 256 grid (interpolation and loss).
 Prints a table and writes OUT/losses.json, batch by batch: three times of a call (see `milliseconds`); peak memory above
 the inputs; largest difference of the total and of the gradient from the formulas in fp64.
---blocks also tries other block sizes of the kernels; torch.compile takes most of the script's two or three minutes.
+--blocks also tries other block sizes of the kernels, --host tells where the CPU spends a call of theirs; torch.compile
+takes most of the script's two or three minutes.
 Without a GPU there are no kernels: the script then shows that it runs, with --batches 2x64 --calls 4 in a second.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -184,6 +186,37 @@ def try_blocks(calls: int) -> list[dict]:
     return rows
 
 
+def host_us(calls: int) -> dict[str, float]:
+    """Medians, in microseconds of the CPU, of the parts of a call of the kernels at the size of the target."""
+    from sft import loss_kernels  # needs triton
+
+    logits, masks = inputs(8, 1024, 1024)
+    stamps: list[float] = []
+    backward = loss_kernels._Combo.backward
+
+    def stamped(context, *gradients):
+        stamps.append(time.perf_counter())
+        found = backward(context, *gradients)
+        stamps.append(time.perf_counter())
+        return found
+
+    loss_kernels._Combo.backward = staticmethod(stamped)
+    times: dict[str, list[float]] = {"forward": [], "to backward": [], "backward": [], "back": []}
+    try:
+        for _ in range(calls):
+            wait()
+            stamps[:] = [time.perf_counter()]
+            total = kernels(logits, masks)
+            stamps.append(time.perf_counter())
+            torch.autograd.grad(total, logits)
+            stamps.append(time.perf_counter())
+            for name, (start, end) in zip(times, itertools.pairwise(stamps), strict=True):
+                times[name].append(1e6 * (end - start))
+    finally:
+        loss_kernels._Combo.backward = backward
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 def found_of(rows: list[dict]) -> dict:
     """The first batch whose loss alone is measured, beside the targets, which hold for TARGET on a GPU."""
     first = rows[0]
@@ -200,6 +233,7 @@ def main() -> None:
     parser.add_argument("--batches", default=BATCHES, help="images x side, with commas between")
     parser.add_argument("--calls", type=int, default=200, help="timed ones")
     parser.add_argument("--blocks", action="store_true", help="also other block sizes")
+    parser.add_argument("--host", action="store_true", help="also the CPU's share of a call, by its parts")
     parser.add_argument("--without_compile", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -217,6 +251,10 @@ def main() -> None:
     found = report["found"]
     print(f"{found['batch']}: {found['ms']:.3f} ms (at most {AT_MOST_MS} for {TARGET}), ", end="")
     print(f"{found['times_eager']:.1f}x eager (at least {AT_LEAST_TIMES_EAGER})")
+    if args.host and DEVICE.type == "cuda":
+        report["host_us"] = host_us(args.calls)
+        print("CPU, us:", ", ".join(f"{name} {value:.0f}" for name, value in report["host_us"].items()))
+        write(args.out, report)
     if args.blocks:
         report["blocks"] = try_blocks(args.calls)
         write(args.out, report)

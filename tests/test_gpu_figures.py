@@ -62,7 +62,7 @@ def test_a_part_leaves_a_row_with_a_number_and_a_failing_one_does_not_stop_it(fo
     assert "exit code 1" in found["sizes:5b", "the whole command"]["measured"]
     loss = found["loss", "ComboLoss forward and backward, 2x64x64"]
     assert loss["value"] > 0 and loss["measured"].endswith(" ms") and loss["GPU"] and loss["date"]
-    assert loss["command"].startswith("python3 tests/gpu_losses.py DIR/logs/loss --batches 2x64")
+    assert loss["command"].startswith("python3 tests/gpu_losses.py DIR/logs/loss --host --batches 2x64")
     assert found["loss", "ComboLoss forward and backward, 2x64x64: against eager"]["value"] > 0
     table = (folder / "figures.md").read_text()
     assert f"| loss | {loss['what']} | - | {loss['measured']} | `{loss['command']}` |" in table

@@ -331,10 +331,10 @@ class Features:
         )
         self.longest_prompt_tokens = max(self.longest_prompt_tokens, prompt.input_ids_BL.shape[1])
         if self._encoders.sam2_trains:
-            images = torch.stack([entry["image"] for entry in entries])
+            images = _stacked([entry["image"] for entry in entries])
             sam2 = self._preprocess.normalise_sam2(images, self._encoders.dtype)
         else:
-            parts = (torch.stack([entry[name] for entry in entries]) for name in SAM2_PARTS)
+            parts = (_stacked([entry[name] for entry in entries]) for name in SAM2_PARTS)
             sam2 = Sam2Features(*parts, projected=self._encoders.project)
         return Batch(items, prompt.to(self._device), vision_of(entries), sam2, self._moved(masks))
 
@@ -348,6 +348,11 @@ class Features:
 
     def _question(self, pair: Pair) -> str:
         return f"Please segment {pair.phrase} in this image." if pair.phrase else self._config.question
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """One above the other; a single one is not copied."""
+    return torch.stack(parts) if len(parts) > 1 else parts[0][None]
 
 
 def turned(pixels_HWx: np.ndarray, view: int) -> np.ndarray:

@@ -52,6 +52,8 @@ class VisionFeatures:
     @staticmethod
     def join(images: Sequence["VisionFeatures"]) -> "VisionFeatures":
         """Images one after another, in the order of the samples."""
+        if len(images) == 1:
+            return images[0]
         deepstack = [image.deepstack_KMC for image in images]
         return VisionFeatures(
             torch.cat([image.tokens_MC for image in images]),

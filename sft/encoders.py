@@ -208,10 +208,8 @@ class Encoders:
         return found
 
     def _moved(self, pixels: Pixels) -> Pixels:
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-
-        return Pixels(dataclasses.replace(pixels.vision, pixels=moved(pixels.vision.pixels)), moved(pixels.sam2_3HW))
+        vision = dataclasses.replace(pixels.vision, pixels=sent(pixels.vision.pixels, self.device))
+        return Pixels(vision, sent(pixels.sam2_3HW, self.device))
 
     def _received(self, loaded: Loaded) -> tuple[Pixels, ...]:
         """The images, safe to use on the current stream."""
@@ -242,6 +240,11 @@ class Encoders:
         images = self.preprocess.normalise_sam2(pixels_B3HW, self.dtype)
         features = self.model.sam2_features(images, project=self.project)
         return zip(features.level0_BCHW, features.level1_BCHW, features.embedding_BDHW, strict=True)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """From host memory to a GPU; on the current stream, and nobody waits for it."""
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def vision_of(entries: Sequence[Entry]) -> VisionFeatures:

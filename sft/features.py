@@ -24,7 +24,7 @@ from torch import Tensor
 from sft import engine, feature_fill, feature_store, prefetch
 from sft.config import TrainConfig, UserError
 from sft.data import Pair, read_image_of, read_mask
-from sft.encoders import SAM2_PARTS, Encoders, Loaded, vision_of
+from sft.encoders import SAM2_PARTS, Encoders, Loaded, sent, vision_of
 from sft.feature_fill import Work
 from sft.feature_store import Demand, DiskStore, Entry, MemoryStore, NoStore, Place, Room
 from sft.model.preprocess import Preprocess
@@ -169,9 +169,8 @@ class Features:
 
         def filled(some: Sequence[Sequence[Work]]) -> feature_fill.Filled:
             done = feature_fill.fill(self._store, self._encoders, some, self._load, self._readers, ranks.is_main)
-            if ranks.world_size > 1 or isinstance(
-                self._store, DiskStore
-            ):  # the others look for them next, or the steps
+            # The others look for them there next; and where nothing else keeps them, so do the steps.
+            if ranks.world_size > 1 or isinstance(self._store, DiskStore):
                 self._store.flush()
             return done
 
@@ -226,12 +225,12 @@ class Features:
         coming: deque[dict[Item, Future[_Prepared]]] = deque()  # of images that are encoded in each batch
         with contextlib.closing(_nothing(plan) if off else self._kept(plan)) as kept:
             for position, (items, entries) in enumerate(zip(plan, kept, strict=True)):
-                for later in plan[position + len(coming) : position + 1 + READ_AHEAD_BATCHES] if off else ():
-                    coming.append({item: self._readers.submit(self._prepare, item, off) for item in set(later)})
                 if off:
+                    for later in plan[position + len(coming) : position + 1 + READ_AHEAD_BATCHES]:
+                        coming.append({item: self._readers.submit(self._prepare, item, True) for item in set(later)})
                     prepared = {item: future.result() for item, future in coming.popleft().items()}
                 else:
-                    prepared = {item: self._prepare(item, off) for item in set(items)}
+                    prepared = {item: self._prepare(item, False) for item in set(items)}
                 found = dict(zip(items, entries, strict=True))
                 self._complete(found, prepared)
                 yield self._collate(tuple(items), prepared, [found[item] for item in items])
@@ -342,9 +341,9 @@ class Features:
         """Masks on the device; those of one size in one copy."""
         if self._device.type != "cuda":
             return tuple(masks)
-        together = torch.stack(masks)[None] if len({mask_HW.shape for mask_HW in masks}) == 1 else masks
-        moved = [part.pin_memory().to(self._device, non_blocking=True) for part in together]
-        return tuple(moved[0] if moved[0].ndim == 3 else moved)
+        if len({mask_HW.shape for mask_HW in masks}) == 1:
+            return tuple(sent(torch.stack(masks), self._device))
+        return tuple(sent(mask_HW, self._device) for mask_HW in masks)
 
     def _question(self, pair: Pair) -> str:
         return f"Please segment {pair.phrase} in this image." if pair.phrase else self._config.question

@@ -69,9 +69,11 @@ def milliseconds(candidates: dict[str, Loss], logits: Tensor, masks: Tensor, cal
     }
 
 
-def issued(loss: Loss, logits: Tensor, masks: Tensor, calls: int) -> float:
-    """One call of many that are issued without waiting."""
+def issued(loss: Loss, logits: Tensor, masks: Tensor, calls: int, asleep: bool = False) -> float:
+    """One call of many that are issued without waiting, to a device that is idle or asleep meanwhile."""
     wait()
+    if asleep and DEVICE.type == "cuda":
+        torch.cuda._sleep(200_000_000)
     start = mark()
     for _ in range(calls):
         gradient_of(loss, logits, masks)
@@ -80,13 +82,7 @@ def issued(loss: Loss, logits: Tensor, masks: Tensor, calls: int) -> float:
 
 def queued(loss: Loss, logits: Tensor, masks: Tensor, calls: int) -> float:
     """The same where the device sleeps while the calls are issued: its own time, without the launches'."""
-    wait()
-    if DEVICE.type == "cuda":
-        torch.cuda._sleep(200_000_000)
-    start = mark()
-    for _ in range(calls):
-        gradient_of(loss, logits, masks)
-    return milliseconds_since(start) / calls
+    return issued(loss, logits, masks, calls, asleep=True)
 
 
 def alone(loss: Loss, logits: Tensor, masks: Tensor, calls: int) -> float:

@@ -208,10 +208,7 @@ class DiskStore:
         with self._lock:
             self._stream = stream = self._stream or torch.cuda.Stream(packed.data.device)
         with torch.cuda.stream(stream):
-            data = torch.empty(packed.data.shape, dtype=torch.uint8, pin_memory=True)
-            data.copy_(packed.data, non_blocking=True)
-            stream.record_event().synchronize()
-        return Packed(packed.parts, data)
+            return pack(packed.entry())
 
     def _reject(self, path: Path, key: str, reason: str) -> None:
         with self._lock:

@@ -42,7 +42,7 @@ class _Block(Sam2MultiScaleBlock):
         side, sizes = self.window_size, hidden_states.shape[1:3]
         if side and any(size % side for size in sizes):
             return super().forward(hidden_states, **kwargs)
-        if hidden_states.is_cuda and self.dim == self.dim_out and self._may_use_kernels():
+        if self._may_use_kernels(hidden_states):
             return self._by_kernels(hidden_states)
         normed = self.layer_norm1(hidden_states)
         shortcut = hidden_states if self.dim == self.dim_out else _pooled(self.proj(normed), self.query_stride)
@@ -50,9 +50,10 @@ class _Block(Sam2MultiScaleBlock):
         hidden_states = shortcut + (_joined(attended, shortcut.shape) if side else attended)
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
-    def _may_use_kernels(self) -> bool:
+    def _may_use_kernels(self, hidden_states: Tensor) -> bool:
         """Not with gradients, nor where ZeRO-3 holds the weights: it makes them whole for calls of their own module."""
-        return not torch.is_grad_enabled() and not hasattr(self.layer_norm1.weight, "ds_id")
+        by_zero3 = hasattr(self.layer_norm1.weight, "ds_id")
+        return hidden_states.is_cuda and self.dim == self.dim_out and not torch.is_grad_enabled() and not by_zero3
 
     def _by_kernels(self, hidden_states: Tensor) -> Tensor:
         attended = self.attn(hiera_kernels.normed(hidden_states, self.layer_norm1, self.window_size))

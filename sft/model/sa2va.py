@@ -90,9 +90,7 @@ class Prompt:
     seg_position_B: Tensor  # index of the [SEG] token in its row
     labels_BL: Tensor | None = None  # the token to predict *at* each position, -100 where none counts
     position_ids_3BL: Tensor | None = None  # Qwen: time, row and column of each token; else positions count up
-    labelled_N: Tensor | None = (
-        None  # places of the labels, row * L + position: to find them on a GPU would wait for it
-    )
+    labelled_N: Tensor | None = None  # where the labels stand, row * L + position: to look for them waits for a GPU
 
     def to(self, device: torch.device | str) -> "Prompt":
         """The same on a device; on a GPU without waiting for what it still has to do."""

@@ -144,8 +144,8 @@ class TrainConfig:
     """Devices as nvidia-smi numbers them, `3` or `0,1`; one rank each. none: the first visible device, or the CPU."""
     include: str | None = None
     """The same in DeepSpeed's words, `localhost:0,1`."""
-    num_workers: Annotated[int, Range(at_least=0)] = 4
-    """Threads that read images ahead of the step, per rank; 0 counts as 1."""
+    num_workers: Annotated[int, Range(at_least=0)] | Literal["auto"] = "auto"
+    """Threads that read images ahead, per rank; 0 counts as 1. auto: the processors shared among ranks, 16 at most."""
     feature_cache: Annotated[
         Literal["auto", "gpu", "host", "disk", "off"], Former("memory", "auto, or host to insist on host memory")
     ] = "auto"

@@ -29,10 +29,11 @@ from sft.feature_fill import Work
 from sft.feature_store import Demand, DiskStore, Entry, MemoryStore, NoStore, Place, Room
 from sft.model.preprocess import Preprocess
 from sft.model.sa2va import Prompt, Sa2VA, Sam2Features, VisionFeatures
-from sft.ranks import local_ranks
+from sft.ranks import local_ranks, processors
 
 VIEWS = 8  # the image as it is, its mirror image, and their quarter turns
 READ_AHEAD_BATCHES = 2
+MOST_READERS = 16
 TELL_WAITING_FROM = 0.2  # of the seconds that filling took
 GPU_LENGTHS = 32  # tokens: prompts on a GPU are padded to a multiple, since each length is compiled and graphed anew
 
@@ -104,7 +105,7 @@ class Features:
         self._place: Place | None = None
         self.gpu_bytes = 0  # of GPU memory that kept features take
         self.longest_prompt_tokens = 0  # over all batches so far, image and answer included
-        self._readers = ThreadPoolExecutor(max(1, config.num_workers), thread_name_prefix="read")
+        self._readers = ThreadPoolExecutor(_reader_count(config), thread_name_prefix="read")
         self._assembly = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def choose(self, items: Sequence[Item], ranks: engine.Ranks, reserve_bytes: int, *, dry: bool = False) -> Place:
@@ -181,7 +182,8 @@ class Features:
         text = f"Frozen features: {computed:,} of {total:,} computed in {seconds:.1f} s"
         text += f", {computed / seconds:.0f} images/s" if computed else ""
         if max(waits) > TELL_WAITING_FROM * seconds and self._device.type == "cuda":
-            text += f" ({max(waits):.1f} s of them waiting for images: a higher num_workers reads faster)"
+            hint = "" if self._config.num_workers == "auto" else ": a higher num_workers, or auto, reads faster"
+            text += f" ({max(waits):.1f} s of them waiting for images{hint})"
         text += "; the rest was there" if 0 < computed < total else ""
         text += (
             "; SAM2's encoder trains, so it is not among them: its input images are kept" * self._encoders.sam2_trains
@@ -347,6 +349,13 @@ class Features:
 
     def _question(self, pair: Pair) -> str:
         return f"Please segment {pair.phrase} in this image." if pair.phrase else self._config.question
+
+
+def _reader_count(config: TrainConfig) -> int:
+    """How many threads read images; they are started as they are needed."""
+    if config.num_workers != "auto":
+        return max(1, config.num_workers)
+    return max(1, min(MOST_READERS, processors() // local_ranks(os.environ)))
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:

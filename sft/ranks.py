@@ -45,6 +45,13 @@ def local_ranks(environ: Mapping[str, str]) -> int:
     return int(environ.get("LOCAL_SIZE") or environ.get("LOCAL_WORLD_SIZE") or environ["WORLD_SIZE"])
 
 
+def processors() -> int:
+    """What this process may use of the machine."""
+    if hasattr(os, "sched_getaffinity"):  # Linux: a container may own fewer than the machine has
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def rank_environ(rank: int, count: int) -> dict[str, str]:
     """What a launcher sets for one of `count` processes on a single machine, address and port aside."""
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_SIZE": count, "LOCAL_WORLD_SIZE": count}

@@ -7,7 +7,6 @@ how to split.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 
 from sft.config import UserError
 from sft.data.read import Pair, assemble, decode_mask, open_image
+from sft.ranks import processors
 
 FRACTION_HIGH = 0.5
 """Share of the frame beyond which a mask is no vessel tree: it is inverted, or marks the field of view."""
@@ -63,7 +63,7 @@ def check(
         The findings, in the order of the pairs, those about several files first.
     """
     facts: list[_Facts] = []
-    pool = ThreadPoolExecutor(workers or _processors())
+    pool = ThreadPoolExecutor(workers or processors())
     try:
         for done, result in enumerate(pool.map(_look, pairs), start=1):
             facts.append(result)
@@ -111,12 +111,6 @@ class _Facts:
     mask_digest: bytes = b""
     foreground: str = ""
     bits: int = 8
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):  # Linux: a container may own fewer than the machine has
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _look(pair: Pair) -> _Facts:

@@ -12,6 +12,10 @@ from sft.config import UserError
 from sft.model import internlm2_tokenizer, llama_tokenizer
 from sft.model.published_json import read_json
 
+# Of every family here, none of which is Mistral's: without it, transformers 5.17 warns of a wrong regex, wrongly, where
+# config.json names no version of transformers.
+AS_IT_IS = {"fix_mistral_regex": False}
+
 
 def read(directory: Path) -> PreTrainedTokenizerBase:
     """The concrete tokenizer class: AutoTokenizer would ask on the terminal whether to run the directory's code.
@@ -26,11 +30,11 @@ def read(directory: Path) -> PreTrainedTokenizerBase:
     name = settings.get("tokenizer_class") or ""
     match name.removesuffix("Fast"):
         case "Qwen2Tokenizer":
-            reader = Qwen2Tokenizer.from_pretrained
+            reader = functools.partial(Qwen2Tokenizer.from_pretrained, **AS_IT_IS)
         case "LlamaTokenizer":
             reader = functools.partial(llama_tokenizer.read, settings=settings)
         case "PreTrainedTokenizer" | "TokenizersBackend":
-            reader = PreTrainedTokenizerFast.from_pretrained
+            reader = functools.partial(PreTrainedTokenizerFast.from_pretrained, **AS_IT_IS)
         case "InternLM2Tokenizer":
             reader = functools.partial(internlm2_tokenizer.read, settings=settings)
         case _:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sft import feature_store
+from sft import feature_store, replay
 from sft.config import TrainConfig
 from sft.feature_store import Entry
 from sft.model import hiera
@@ -29,6 +29,7 @@ from sft.model.preprocess import Preprocess
 from sft.model.sa2va import Layout, Sa2VA, VisionFeatures, VisionInput
 
 SAM2_PARTS = ("level0", "level1", "embedding")
+WORTH_RECORDING = 8  # calls of `encode`
 WORDS = {"tokenizer", "template", "chat_template"}  # of a Preprocess: they reach no encoder
 
 
@@ -81,6 +82,7 @@ class Encoders:
         self.sizes = SIZES[device.type]
         self.resting = False
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._sam2_parts = replay.Replayed(self._sam2_parts_of)
 
     def load(self, images: Sequence[np.ndarray]) -> Loaded:
         """RGB uint8 images, resized and on the way to the device. For threads: nobody else waits for it."""
@@ -106,9 +108,15 @@ class Encoders:
             size = self.sizes.sam2_images
             for start in range(0, len(pixels), size):
                 images = torch.stack([one.sam2_3HW for one in pixels[start : start + size]])
-                for entry, parts in zip(entries[start : start + size], self._sam2_parts(images), strict=True):
+                of_each = zip(*self._sam2_parts(images), strict=True)
+                for entry, parts in zip(entries[start : start + size], of_each, strict=True):
                     entry |= dict(zip(SAM2_PARTS, parts, strict=True))
         return entries
+
+    def many(self, calls: int) -> contextlib.AbstractContextManager[None]:
+        """Around so many calls of `encode`: on a GPU, SAM2's encoder is recorded as a CUDA graph if that pays."""
+        stays = self.device.type == "cuda" and not self.resting  # a graph reads weights where they were
+        return self._sam2_parts.recording(stays and calls >= WORTH_RECORDING)
 
     def entry_bytes(self, layout: Layout) -> int:
         """Size of the entry of an image with so many vision tokens."""
@@ -235,11 +243,11 @@ class Encoders:
         if group:
             yield group
 
-    def _sam2_parts(self, pixels_B3HW: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """SAM2's features of each image."""
+    def _sam2_parts_of(self, pixels_B3HW: Tensor) -> tuple[Tensor, ...]:
+        """SAM2's features of images, in the order of SAM2_PARTS."""
         images = self.preprocess.normalise_sam2(pixels_B3HW, self.dtype)
         features = self.model.sam2_features(images, project=self.project)
-        return zip(features.level0_BCHW, features.level1_BCHW, features.embedding_BDHW, strict=True)
+        return features.level0_BCHW, features.level1_BCHW, features.embedding_BDHW
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

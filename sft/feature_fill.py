@@ -78,7 +78,8 @@ def fill(
     keeping: deque[Future[None]] = deque()
     waited_s = 0.0
     shown = Progress("Features", len(missing), unit="image") if show and missing else contextlib.nullcontext()
-    with ThreadPoolExecutor(1, thread_name_prefix="keep") as keeper, shown as progress:
+    many = encoders.many(len(groups))
+    with ThreadPoolExecutor(1, thread_name_prefix="keep") as keeper, many, shown as progress:
         try:
             for position, group in enumerate(groups):
                 for later in groups[position + len(loading) : position + LOADED_AHEAD]:

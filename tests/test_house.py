@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("launch", "tune")
 # A room uses rooms of the layers before its own, never of its own or of later ones.
 LAYERS = (
-    ("settings", "metrics", "prefetch", "schedule", "stopwatch", "loss_kernels"),
+    ("settings", "metrics", "prefetch", "replay", "schedule", "stopwatch", "loss_kernels"),
     ("config", "ranks"),
     ("devices", "feature_store", "finite", "flat", "gloo", "losses", "synthetic", "zero_json"),
     ("data", "engine", "memory", "model", "report"),

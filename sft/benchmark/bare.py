@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.config import TrainConfig
-from sft.engine import Engine
+from sft.engine import Engine, in_this_thread
 
 
 class BareEngine:
@@ -34,7 +34,8 @@ class BareEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the leaves."""
-        loss.backward()
+        with in_this_thread():
+            loss.backward()
 
     def step(self) -> None:
         """Clips, updates the masters, rounds them into the compute copy."""

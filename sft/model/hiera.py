@@ -1,8 +1,9 @@
-"""The blocks of SAM2's image encoder without what transformers computes there for nothing.
+"""SAM2's image encoder, a Hiera and its neck, without what transformers computes there for nothing.
 
-Takes a transformers Hiera, whose modules, names and weights stay; gives the same numbers. In transformers 5.17 to 5.23
-each attention first computes weights between the heads of a token, in fp32, that nothing reads, and each block copies
-its input once more, to pad it by nothing. On a GPU without gradients, layer norms are one kernel each with what stands
+Takes a transformers encoder, whose modules, names and weights stay; gives the same numbers. In transformers 5.17 to
+5.23 each attention first computes weights between the heads of a token, in fp32, that nothing reads, each block copies
+its input once more, to pad it by nothing, and the neck computes sines and cosines for its maps that only video needs.
+On a GPU without gradients, layer norms are one kernel each with what stands
 around them (hiera_kernels.py), and the numbers the same within rounding.
 
 Shapes: B images, H x W tokens, W' windows of all images, N tokens of a window, C width.
@@ -11,7 +12,7 @@ Shapes: B images, H x W tokens, W' windows of all images, N tokens of a window, 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleAttention, Sam2MultiScaleBlock
+from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleAttention, Sam2MultiScaleBlock, Sam2VisionNeck
 
 if torch.cuda.is_available():
     from sft.model import hiera_kernels
@@ -56,18 +57,37 @@ class _Block(Sam2MultiScaleBlock):
         return hidden_states.is_cuda and self.dim == self.dim_out and not torch.is_grad_enabled() and not by_zero3
 
     def _by_kernels(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = hidden_states.contiguous()
         attended = self.attn(hiera_kernels.normed(hidden_states, self.layer_norm1, self.window_size))
         hidden_states, normed = hiera_kernels.added(hidden_states, attended, self.layer_norm2, self.window_size)
         return hidden_states + self.mlp(normed)
 
 
+class _Neck(Sam2VisionNeck):
+    """Every stage's map at one width; the two smallest are added, the smaller one enlarged."""
+
+    def forward(self, hidden_states: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[()]]:
+        """Maps of the stages (B, H, W, C), large to small -> maps (B, D, H, W), small to large, and no encodings."""
+        maps: list[Tensor] = []
+        last = len(self.convs) - 1
+        for stage in range(last, -1, -1):
+            lateral = self.convs[last - stage](hidden_states[stage].permute(0, 3, 1, 2))
+            if stage in self.fpn_top_down_levels and stage != last:
+                enlarged = functional.interpolate(maps[-1].float(), scale_factor=2.0, mode="nearest")
+                lateral = lateral + enlarged.to(lateral.dtype)
+            maps.append(lateral)
+        return tuple(maps), ()
+
+
 def lighten(encoder: nn.Module) -> None:
-    """Puts these blocks in the place of transformers'; parameters and their names do not change."""
+    """Puts these classes in the place of transformers'; parameters and their names do not change."""
     for module in encoder.modules():
         if type(module) is Sam2MultiScaleBlock:
             module.__class__ = _Block
         elif type(module) is Sam2MultiScaleAttention:
             module.__class__ = _Attention
+        elif type(module) is Sam2VisionNeck:
+            module.__class__ = _Neck
 
 
 def _pooled(map_BHWC: Tensor, stride: tuple[int, int] | None) -> Tensor:

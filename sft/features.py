@@ -11,10 +11,11 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -93,10 +94,18 @@ class Features:
         preprocess: of the same checkpoint.
         config: decides what is kept and what trains.
         device: where batches go.
+        sizes_hw: height and width of pairs that have been looked at before, by name; others are looked at here.
     """
 
-    def __init__(self, model: Sa2VA, preprocess: Preprocess, config: TrainConfig, device: torch.device):
-        self._preprocess, self._config, self._device = preprocess, config, device
+    def __init__(
+        self,
+        model: Sa2VA,
+        preprocess: Preprocess,
+        config: TrainConfig,
+        device: torch.device,
+        sizes_hw: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+    ):
+        self._preprocess, self._config, self._device, self._sizes_hw = preprocess, config, device, sizes_hw
         self._encoders = Encoders(model, preprocess, config, device)
         self._store: DiskStore | MemoryStore | NoStore = NoStore()
         self._known: dict[str, _Known] = {}  # by the pair's name, as the masks
@@ -178,6 +187,8 @@ class Features:
         shares, waits = zip(*_on_all_ranks(lambda: filled(groups[ranks.rank :: ranks.world_size])), strict=True)
         # What the others computed and this rank cannot see: there is no disk, or not the same.
         again = max(_on_all_ranks(lambda: filled(groups).entries))
+        for pair in {item.pair.name: item.pair for item in items}.values():  # the steps need their masks soon
+            self._readers.submit(self._mask, pair)
         seconds, computed = time.monotonic() - started_s, sum(shares) or again
         text = f"Frozen features: {computed:,} of {total:,} computed in {seconds:.1f} s"
         text += f", {computed / seconds:.0f} images/s" if computed else ""
@@ -246,7 +257,7 @@ class Features:
             self._known |= found
 
     def _identify(self, pair: Pair) -> _Known:
-        size_hw = self._mask(pair).shape
+        size_hw = self._sizes_hw.get(pair.name) or self._mask(pair).shape
         try:
             fingerprint = feature_store.file_fingerprint(pair.image)
             self._preprocess.image_layout(*size_hw)

@@ -90,7 +90,7 @@ def prepared(config: TrainConfig, scratch: Path | None = None, split_file: Path 
     try:
         loaded, peft_model, size, largest = _load_model(config, ranks, loaded_data)
         on_main(ranks, lambda: _check_disk(config, size, resumed))
-        features = Features(loaded.model, loaded.preprocess, config, ranks.device)
+        features = Features(loaded.model, loaded.preprocess, config, ranks.device, loaded_data.findings.sizes_hw)
         attempt = functools.partial(batch_size.trial, peft_model, features, largest, size, ranks)
         config, batch_line = batch_size.choose(config, size, len(loaded_data.train), ranks, attempt)
         steps_per_epoch = batch_size.count_steps(len(loaded_data.train), config, ranks.world_size)

@@ -20,6 +20,11 @@ def findings_of(root):
     return check(find_pairs(root).pairs)
 
 
+def test_sizes_are_told_by_name_and_not_of_what_cannot_be_read(good):
+    (good / "masks/p2.png").write_bytes(b"")
+    assert findings_of(good).sizes_hw == dict.fromkeys(("p0", "p1", "p3", "p4"), MASK_HW.shape)
+
+
 def test_sizes_that_differ_are_an_error_with_both_sizes(good):
     photo(9, height=H, width=W + 1).save(good / "images/p2.png")
     only(findings_of(good).errors, "images/p2.png: sizes differ", f"{W + 1}x{H}", f"{W}x{H}", "masks/p2.png")

@@ -12,7 +12,7 @@ from small_runs import NAMES, SIZES_HW
 from sft import engine
 from sft import features as room
 from sft.config import TrainConfig, UserError
-from sft.data import Pair, read
+from sft.data import Pair, check, read
 from sft.features import VIEWS, Features, Item, turned
 from sft.model import lora, published
 from sft.model.sa2va_internvl import Sa2VAInternVL
@@ -62,7 +62,12 @@ def made(inputs, monkeypatch, tmp_path):
         opened.append(Features(loaded.model, loaded.preprocess, config, torch.device("cpu")))
         if keeps:
             opened[-1].choose([Item(pair) for pair in all_pairs(inputs)], ALONE, 0)
-        opened[-1].calls, opened[-1].loaded, opened[-1].peft_model = calls, loaded, peft_model
+        opened[-1].calls, opened[-1].loaded, opened[-1].peft_model, opened[-1].config = (
+            calls,
+            loaded,
+            peft_model,
+            config,
+        )
         return opened[-1]
 
     yield make
@@ -105,6 +110,23 @@ def test_an_image_that_comes_again_before_it_is_encoded_is_read_and_encoded_once
     assert [[item.pair.name for item in batch.items] for batch in batches] == [["v0", "v1"], ["v2", "v0"], ["v0", "v0"]]
     assert features.calls["sam2_features"] == 3
     assert sorted(reads) == ["v0", "v1", "v2"]
+
+
+def test_sizes_that_the_check_found_save_a_look_at_every_mask_and_change_no_entry(made, pairs, monkeypatch):
+    """A thousand masks take a second, in which the GPU would wait."""
+    alone = made()
+    found = check(pairs).sizes_hw
+    reads: list[str] = []
+    read_mask = room.read_mask
+    monkeypatch.setattr(room, "read_mask", lambda pair: reads.append(pair.name) or read_mask(pair))
+    features = made()
+    assert len(reads) == len(pairs)
+    told = Features(features.loaded.model, features.loaded.preprocess, features.config, torch.device("cpu"), found)
+    reads.clear()
+    told.choose([Item(pair) for pair in pairs], ALONE, 0)
+    assert not reads
+    assert [told._key(Item(pair)) for pair in pairs] == [alone._key(Item(pair)) for pair in pairs]
+    told.close()
 
 
 @pytest.mark.parametrize(

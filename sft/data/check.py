@@ -43,6 +43,8 @@ class Findings:
     summary: Summary
     duplicates: list[tuple[str, ...]]
     """Names of pairs whose images have the same pixels: `split` keeps them on one side."""
+    sizes_hw: dict[str, tuple[int, int]]
+    """Height and width (pixels) of each pair that could be read, by name."""
 
 
 def check(
@@ -77,7 +79,8 @@ def check(
         errors += result.errors
         warnings += result.warnings
     # Samples of one image repeat what is wrong with it.
-    return Findings(list(dict.fromkeys(errors)), list(dict.fromkeys(warnings)), _summary(facts), duplicates)
+    sizes_hw = {result.pair.name: result.size[::-1] for result in facts if result.size is not None}
+    return Findings(list(dict.fromkeys(errors)), list(dict.fromkeys(warnings)), _summary(facts), duplicates, sizes_hw)
 
 
 def brief(messages: Sequence[str], per_kind: int = 3) -> list[str]:

@@ -43,6 +43,19 @@ def test_a_sweep_that_does_not_come_to_a_trial_leaves_its_name_free(tmp_path, wi
     assert list((tmp_path / "sweeps").iterdir()) == []
 
 
+def test_where_ray_is_missing_or_broken_the_name_stays_free(tmp_path, without_ray, monkeypatch):
+    plan = small.plan(storage_path=str(tmp_path / "sweeps"), name="a")
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep.importlib.util, "find_spec", lambda _: None)
+        with pytest.raises(UserError, match=r"a sweep needs the package ray: pip install 'ray\[tune\]'"):
+            sweep.run(plan)
+    assert not (tmp_path / "sweeps").exists()
+    monkeypatch.setattr(sweep, "record", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sweep.run(plan)
+    assert list((tmp_path / "sweeps").iterdir()) == []
+
+
 def test_a_sweep_that_is_continued_is_never_deleted_nor_changed_by_a_mistake(tmp_path, without_ray):
     trials.write_sweep(tmp_path, small.sweep())
     before = (tmp_path / trials.SWEEP_FILE).read_text()

@@ -6,6 +6,7 @@ code. Reading order is running order.
 
 import dataclasses
 import errno
+import importlib.util
 import os
 import platform
 import shlex
@@ -41,6 +42,8 @@ def run(plan: Plan) -> int:
     Raises:
         UserError: a mistake, before the first trial.
     """
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("a sweep needs the package ray: pip install 'ray[tune]'")
     suggest.check(plan)
     gpus = claim_devices(plan.seed_setting)
     folder = plan.resumed or make_folder(plan)
@@ -52,10 +55,10 @@ def run(plan: Plan) -> int:
 
 
 def _drive(plan: Plan, folder: Path, gpus: list[str]) -> int:
-    from tune import driver, nodes  # Ray loads here
-
-    print(f"Sweep {folder}", flush=True)
     try:
+        from tune import driver, nodes  # Ray loads here
+
+        print(f"Sweep {folder}", flush=True)
         sweep = record(plan, folder)
         if not plan.resumed:
             trials.write_sweep(folder, sweep)  # to go on from, however soon it is interrupted
@@ -66,7 +69,7 @@ def _drive(plan: Plan, folder: Path, gpus: list[str]) -> int:
         base = dataclasses.asdict(plan.seed_setting)
         sweep = dataclasses.replace(sweep, gpus_per_trial=needs["GPU"], base=base)
         plan, sweep = prepare(plan, sweep, folder, needs, concurrent)
-    except (UserError, KeyboardInterrupt):
+    except BaseException:
         if not plan.resumed:
             shutil.rmtree(folder)  # it holds no trial, and its name is wanted again
         raise

@@ -85,9 +85,10 @@ def of_step(found: dict, call: Call) -> Iterator[Figure]:
             if key in row:
                 limits = _limits(targets, key, batch, factor)
                 yield Figure(f"{scene}, batch {batch}: {words}", factor * row[key], unit, note=note, **limits)
+    start = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in found.get("start_parts_s", {}).items())
     for key, words, unit, note in (
         ("fill_images_per_s", "filling features", "images/s", f"{found.get('fill_images')} images"),
-        ("start_s", "start to the end of the first step", "s", f"batch {found['ours'][0]['batch_size']}"),
+        ("start_s", "start to the end of the first step", "s", f"batch {found['ours'][0]['batch_size']}; {start}"),
     ):
         if key in found:
             yield Figure(f"{scene}: {words}", found[key], unit, note=note, **_limits(targets, key, None))

@@ -107,6 +107,8 @@ def _lines(figures: dict) -> Iterator[Line]:
     yield "filling features", f"{figures['fill_images_per_s']:.1f}", unit, _target(figures, "fill_images_per_s")
     yield from _profile_lines("filling", figures.get("fill_profile", {"kernels": []}), "filling")
     yield "start to the end of the first step", f"{figures['start_s']:.1f}", "s", _target(figures, "start_s", unit="s")
+    for part, seconds in figures.get("start_parts_s", {}).items():
+        yield f"  of it {part}", f"{seconds:.1f}", "s", ""
     for row in figures.get("scaling", []):
         target = _target(figures, "scaling") if figures["ranks"] == 2 else ""
         name = f"{figures['ranks']} ranks against one, batch {row['batch_size']} each"

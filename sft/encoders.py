@@ -97,6 +97,14 @@ class Encoders:
     @torch.no_grad()
     def encode(self, loaded: Sequence[Loaded]) -> list[Entry]:
         """Entries of all images, in their order; on a GPU the work is queued, not done."""
+        try:
+            return self._encoded(loaded)
+        except torch.OutOfMemoryError:
+            if not self._sam2_parts.forget():  # a recording keeps its memory from the vision encoder
+                raise
+        return self._encoded(loaded)
+
+    def _encoded(self, loaded: Sequence[Loaded]) -> list[Entry]:
         pixels = [one for several in loaded for one in self._received(several)]
         with self._awake():
             entries: list[Entry] = []

@@ -56,11 +56,17 @@ class Replayed:
         try:
             yield
         finally:
-            self._records = False
-            self._calls.clear()
-            if self._recordings:
-                self._recordings.clear()
-                torch.cuda.empty_cache()  # torch gives a recording's memory to nothing else by itself
+            self.forget()
+
+    def forget(self) -> bool:
+        """Records no more and gives the memory of recordings back; whether there were any."""
+        held = bool(self._recordings)
+        self._records = False
+        self._calls.clear()
+        self._recordings.clear()
+        if held:
+            torch.cuda.empty_cache()  # torch gives a recording's memory to nothing else by itself
+        return held
 
     def _recorded(self, given: Tensor) -> _Recording:
         graph, kept = torch.cuda.CUDAGraph(), given.clone()

@@ -173,6 +173,32 @@ def test_images_encoded_together_are_those_encoded_alone(family):
         assert together.entry_bytes(layout) == sum(tensor.nbytes for tensor in entry.values())
 
 
+def test_memory_that_ends_is_taken_from_the_recorded_encoder_before_anyone_hears_of_it():
+    """As on a GPU, where a recording holds its memory; without one the error is the caller's."""
+    encoders = Encoders(
+        small_sa2va.model(), small_sa2va.preprocess(), TrainConfig(precision="fp32"), torch.device("cpu")
+    )
+    given = [encoders.load([picture]) for picture in small_sa2va.images(2)]
+    expected, vision_of = encoders.encode(given), encoders.model.vision_features_of
+
+    def short_beside_a_recording(images):
+        if encoders._sam2_parts._recordings:
+            raise torch.OutOfMemoryError
+        return vision_of(images)
+
+    def short(images):
+        raise torch.OutOfMemoryError
+
+    encoders.model.vision_features_of = short_beside_a_recording
+    encoders._sam2_parts._recordings[torch.Size([0])] = None
+    for entry, own in zip(encoders.encode(given), expected, strict=True):
+        assert all(torch.equal(entry[name], own[name]) for name in own)
+    assert not encoders._sam2_parts._recordings
+    encoders.model.vision_features_of = short
+    with pytest.raises(torch.OutOfMemoryError):
+        encoders.encode(given)
+
+
 def _counts(preprocess, pictures):
     return [int(np.prod(preprocess.image_layout(*picture.shape[:2]))) for picture in pictures]
 

@@ -2,14 +2,24 @@
 
 import threading
 
+import numpy as np
 import pytest
+import small_runs
 import torch
 from torch import Tensor
 
+from sft.config import TrainConfig
+from sft.encoders import Encoders
+from sft.model import published
 from sft.replay import Replayed
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return small_runs.write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 class Counted:
@@ -104,3 +114,30 @@ def test_where_memory_ends_while_it_records_it_goes_on_without():
         found = [replayed(given(seed)) for seed in range(4)]
     assert function.calls == 4
     assert all(torch.equal(parts[0], function(given(seed))[0]) for seed, parts in enumerate(found))
+
+
+def test_memory_that_ends_beside_a_recording_is_taken_back_from_it(inputs):
+    """The vision encoder asks for more than is left while SAM2's encoder is recorded; then it is not any more."""
+    loaded = published.load(str(inputs / "model"), dtype=torch.float32, device="cuda")
+    encoders = Encoders(loaded.model, loaded.preprocess, TrainConfig(precision="fp32"), torch.device("cuda"))
+    given = [encoders.load([np.full((64, 64, 3), value, np.uint8)]) for value in range(16)]
+    vision_of = loaded.model.vision_features_of
+
+    def short(images):
+        if encoders._sam2_parts._recordings:
+            torch.empty(2**50, dtype=torch.uint8, device="cuda")
+        return vision_of(images)
+
+    expected = encoders.encode(given)
+    with encoders.many(100):
+        encoders.encode(given)
+        assert encoders._sam2_parts._recordings
+        loaded.model.vision_features_of = short
+        found = encoders.encode(given)
+        assert not encoders._sam2_parts._recordings
+    for entry, own in zip(found, expected, strict=True):
+        assert all(torch.equal(entry[name], own[name]) for name in own)
+    torch.cuda.empty_cache()
+    loaded.model.vision_features_of = lambda images: torch.empty(2**50, dtype=torch.uint8, device="cuda")
+    with pytest.raises(torch.OutOfMemoryError):
+        encoders.encode(given)

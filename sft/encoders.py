@@ -116,7 +116,9 @@ class Encoders:
             size = self.sizes.sam2_images
             for start in range(0, len(pixels), size):
                 images = torch.stack([one.sam2_3HW for one in pixels[start : start + size]])
-                of_each = zip(*self._sam2_parts(images), strict=True)
+                # Remainders have many sizes, and each recording would hold memory of its own.
+                parts_of = self._sam2_parts if len(images) == size else self._sam2_parts_of
+                of_each = zip(*parts_of(images), strict=True)
                 for entry, parts in zip(entries[start : start + size], of_each, strict=True):
                     entry |= dict(zip(SAM2_PARTS, parts, strict=True))
         return entries

@@ -127,7 +127,7 @@ class Features:
             dry: decide as for a run, but keep features in host memory alone and leave nothing on the disk.
 
         Raises:
-            UserError: the wanted place has no room, or a file cannot be read.
+            UserError: the wanted place has no room, or an image cannot be read; a mask is read when it is needed.
         """
         if self._config.feature_cache == "off":
             self._place = feature_store.choose("off", Demand(0, 0), Room(0, 0, 0), 0)

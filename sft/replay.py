@@ -41,8 +41,8 @@ class Replayed:
         if self._records and given.shape not in self._recordings and self._calls[given.shape] > EAGER_CALLS:
             try:
                 self._recordings[given.shape] = self._recorded(given)
-            except torch.OutOfMemoryError:
-                self._records = False  # it goes on as before
+            except RuntimeError:  # no memory, or something that cannot be recorded; it goes on as before
+                self._records = False
         if (recording := self._recordings.get(given.shape)) is None:
             return self._function(given)
         recording.input.copy_(given)
@@ -61,6 +61,8 @@ class Replayed:
     def forget(self) -> bool:
         """Records no more and gives the memory of recordings back; whether there were any."""
         held = bool(self._recordings)
+        if held and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # a replay may be on its way
         self._records = False
         self._calls.clear()
         self._recordings.clear()

@@ -71,7 +71,7 @@ def _drive(plan: Plan, folder: Path, gpus: list[str]) -> int:
         plan, sweep = prepare(plan, sweep, folder, needs, concurrent)
     except BaseException:
         if not plan.resumed:
-            shutil.rmtree(folder)  # it holds no trial, and its name is wanted again
+            shutil.rmtree(folder, ignore_errors=True)  # it holds no trial, and its name is wanted again
         raise
     try:
         as_asked = _search_and_conclude(driver.Phase(plan, sweep, folder, needs, concurrent), plan, sweep, folder)

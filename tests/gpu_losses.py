@@ -25,6 +25,7 @@ from torch import Tensor  # noqa: E402
 
 from sft import losses  # noqa: E402
 from sft.config import TrainConfig  # noqa: E402
+from sft.engine import in_this_thread  # noqa: E402
 from sft.model.sa2va import upsample  # noqa: E402
 
 CONFIG = TrainConfig()
@@ -47,7 +48,7 @@ def kernels(logits: Tensor, masks: Tensor) -> Tensor:
 
 def gradient_of(loss: Loss, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     total = loss(logits, masks)
-    with torch.autograd.set_multithreading_enabled(False):  # as engine.in_this_thread does around a step's
+    with in_this_thread():  # as in a step
         return total.detach(), torch.autograd.grad(total, logits)[0]
 
 
@@ -205,7 +206,7 @@ def host_us(calls: int) -> dict[str, float]:
             stamps[:] = [time.perf_counter()]
             total = kernels(logits, masks)
             stamps.append(time.perf_counter())
-            with torch.autograd.set_multithreading_enabled(False):
+            with in_this_thread():
                 torch.autograd.grad(total, logits)
             stamps.append(time.perf_counter())
             for name, (start, end) in zip(times, itertools.pairwise(stamps), strict=True):

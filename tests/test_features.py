@@ -62,12 +62,8 @@ def made(inputs, monkeypatch, tmp_path):
         opened.append(Features(loaded.model, loaded.preprocess, config, torch.device("cpu")))
         if keeps:
             opened[-1].choose([Item(pair) for pair in all_pairs(inputs)], ALONE, 0)
-        opened[-1].calls, opened[-1].loaded, opened[-1].peft_model, opened[-1].config = (
-            calls,
-            loaded,
-            peft_model,
-            config,
-        )
+        opened[-1].calls, opened[-1].loaded, opened[-1].peft_model = calls, loaded, peft_model
+        opened[-1].config = config
         return opened[-1]
 
     yield make

@@ -12,7 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sft.config import TrainConfig
-from sft.ranks import rank_environ
+from sft.ranks import processors, rank_environ
 from sft.settings import UserError
 from tune.options import ROOT, SweepConfig
 from tune.trial_run import limit_gpu_memory
@@ -54,7 +54,7 @@ def start_ray(address: str | None, gpus: Sequence[str]) -> None:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"address {address}: no Ray cluster answers ({reason}); ray start --head first") from None
         return
-    cores = len(os.sched_getaffinity(0))
+    cores = processors()
     try:
         ray.init(address="local", num_cpus=cores, num_gpus=len(gpus), include_dashboard=False, **options)
     except Exception as error:  # Ray has no class for it

@@ -24,7 +24,6 @@ from sft.stopwatch import Stopwatch
 from sft.train import train_step
 
 FILL_BATCH = 8
-START_PARTS = ("imports", "putting the run together", "the first step")
 MOST_PLAIN_STEPS = 10  # of half a second each, on the published sizes
 
 
@@ -104,9 +103,12 @@ def _ours(config: TrainConfig, settings: Settings, figures: dict) -> dict:
             figures["ranks"] = run.ranks.world_size
             ready_s = time.perf_counter()
             _take_first_step(run)
-            seconds = settings.import_s, ready_s - started_s, time.perf_counter() - ready_s
-            figures["start_s"] = sum(seconds)
-            figures["start_parts_s"] = dict(zip(START_PARTS, seconds, strict=True))
+            figures["start_parts_s"] = {
+                "imports": settings.import_s,
+                "putting the run together": ready_s - started_s,
+                "the first step": time.perf_counter() - ready_s,
+            }
+            figures["start_s"] = sum(figures["start_parts_s"].values())
         # In every run: no timed step is to compute features.
         filled: list[tuple[int, float]] = []
         if first and settings.profiled_steps:

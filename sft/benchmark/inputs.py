@@ -4,13 +4,13 @@ Takes a shape's name and a folder, which keeps what it holds for the next time. 
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 from sft import synthetic
 from sft.config import EMBEDDED
 from sft.model import random_weights, shapes
+from sft.ranks import processors
 
 TINY = "tiny"
 SHAPES = (TINY, *shapes.NAMES)
@@ -38,7 +38,7 @@ def write_images(width_px: int, height_px: int, count: int, folder: Path) -> tup
     val_list = root / "val.txt"
     if not _holds(root, "whole"):
         shutil.rmtree(root, ignore_errors=True)
-        workers = max(1, min(len(os.sched_getaffinity(0)), count // IMAGES_PER_PROCESS))
+        workers = max(1, min(processors(), count // IMAGES_PER_PROCESS))
         pairs = [(f"v{number}", number) for number in range(count + VALIDATION_IMAGES)]
         synthetic.write_pairs(root, pairs, "cine", (height_px, width_px), workers=workers)
         names = [f"v{count + number}\n" for number in range(VALIDATION_IMAGES)]

@@ -3,8 +3,8 @@
 Takes a transformers encoder, whose modules, names and weights stay; gives the same numbers. In transformers 5.17 to
 5.23 each attention first computes weights between the heads of a token, in fp32, that nothing reads, each block copies
 its input once more, to pad it by nothing, and the neck computes sines and cosines for its maps that only video needs.
-On a GPU without gradients, layer norms are one kernel each with what stands
-around them (hiera_kernels.py), and the numbers the same within rounding.
+On a GPU without gradients, layer norms are one kernel each with what stands around them (hiera_kernels.py), and the
+numbers the same within rounding.
 
 Shapes: B images, H x W tokens, W' windows of all images, N tokens of a window, C width.
 """

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from sft.config import UserError
+from sft.ranks import processors
 from sft.synthetic.looks import Painting, paint
 from sft.synthetic.trees import FRAME_PX
 
@@ -296,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
             path = args.directory / "contact_sheet.png"
             contact_sheet(args.preset, max(1, min(args.count, 24)), args.seed).save(path)
         else:
-            workers = args.workers or len(os.sched_getaffinity(0))
+            workers = args.workers or processors()
             path = write_dataset(args.directory, args.preset, args.count, args.seed, workers)
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)

@@ -88,6 +88,7 @@ class Phase:
                 num_samples=samples,
                 max_concurrent_trials=self._concurrent,
                 time_budget_s=left_s if math.isfinite(left_s) else None,
+                reuse_actors=ranks == 1,  # whose process forks the next trial's
             ),
             run_config=tune.RunConfig(
                 name=f"{SESSION}_{time.strftime('%Y%m%d_%H%M%S')}",

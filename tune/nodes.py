@@ -29,6 +29,11 @@ ENVIRONMENT = {  # of the driver
     "RAY_raylet_start_wait_time_s": "120",  # instead of 30: a machine may be busy
 }
 
+OF_TRIALS = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "120",  # a trial that is stopped gives its GPU back before the next one starts
+}
+
 
 def start_ray(address: str | None, gpus: Sequence[str]) -> None:
     """Starts Ray on this machine, or joins a cluster.
@@ -44,7 +49,7 @@ def start_ray(address: str | None, gpus: Sequence[str]) -> None:
     for name in (*rank_environ(0, 1), "MASTER_ADDR", "MASTER_PORT"):  # a trial finds a rank and a port of its own
         os.environ.pop(name, None)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    told = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths), "RAY_CHDIR_TO_TRIAL_DIR": "0"}}
+    told = {"env_vars": OF_TRIALS | {"PYTHONPATH": os.pathsep.join(paths)}}
     options = {"runtime_env": told, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     if address:
         try:

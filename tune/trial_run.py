@@ -15,18 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ray import train as ray_train
-from ray import tune
-from ray.train import collective
-
 from sft.config import TrainConfig, override
 from sft.settings import DiskError, UserError
 from tune import trials
+from tune.fork_server import ForkServer
 from tune.trials import METRIC, SPLIT_FILE, Sweep, Trial
 
 TOLD = ("epoch", "dice", "dice_best", "threshold_best", "iou", "recall", "precision", "seg_rate")
 CRASH_FILE = "crash.txt"
 CONTEXT_BYTES = 700 * 2**20  # CUDA context and libraries of one process, outside torch's own memory
+
+_forks = ForkServer()  # of this process
 
 Report = Callable[[dict[str, Any]], None]
 Share = Callable[[dict[str, Any] | None], dict[str, Any] | None]
@@ -38,8 +37,13 @@ def run_trial(place: dict[str, Any]) -> None:
     Args:
         place: `sweep` (folder), `number`, `ranks`, and of each rank `needs` (CPU, GPU).
     """
+    from ray import train as ray_train
+    from ray import tune
+
     if place["ranks"] == 1:
-        train_trial(Path(place["sweep"]), place["number"], tune.report)
+        # The first one waits for this process and for its imports; Ray gives the process to another one then.
+        began = time.time() if _forks.is_warm else start_of_process()
+        _forks.run({"sweep": place["sweep"], "number": place["number"], "began": began}, tune.report)
         return
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -58,15 +62,19 @@ def run_trial(place: dict[str, Any]) -> None:
     trainer.fit()
 
 
-def train_trial(sweep_folder: Path, number: int, report: Report, share: Share = lambda told: told) -> None:
+def train_trial(
+    sweep: str | Path, number: int, report: Report, share: Share = lambda told: told, began: float | None = None
+) -> None:
     """Trains one trial to its end, from where it stands.
 
     Args:
-        sweep_folder: holds sweep.json, split.json and the trials.
+        sweep: the folder that holds sweep.json, split.json and the trials.
         number: of the trial.
         report: is told epoch and best Dice after each validation; may not return.
         share: a collective: gives every rank what rank 0 gives it. Without it the rank is the only one.
+        began: when the trial got its devices, in seconds since the epoch; None: when this process was started.
     """
+    sweep_folder, began = Path(sweep), began or start_of_process()
     sweep = trials.read_sweep(sweep_folder)
     folder = trials.folder_of(sweep_folder, number)
     is_main, before_s = os.environ.get("RANK", "0") == "0", 0.0
@@ -78,7 +86,7 @@ def train_trial(sweep_folder: Path, number: int, report: Report, share: Share = 
             trial = trials.read(folder)
             before_s = trial.device_s
             limit_gpu_memory(sweep.gpus_per_trial)
-            validations = Validations(folder, trial, sweep, report, is_main)
+            validations = Validations(folder, trial, sweep, report, is_main, began)
             config = settings_of(sweep, trial, folder, start["resume"])
             if validations.last is None or validations.last["epoch"] < sweep.num_epochs:
                 _train(config, sweep_folder / SPLIT_FILE, validations)
@@ -87,7 +95,7 @@ def train_trial(sweep_folder: Path, number: int, report: Report, share: Share = 
                 _note_crash(folder)
                 raise
             if is_main:
-                trials.write_outcome(folder, "failed", str(error), before_s + seconds_of_process())
+                trials.write_outcome(folder, "failed", str(error), before_s + time.time() - began)
             return
         except Exception:
             _note_crash(folder)
@@ -106,11 +114,12 @@ class Validations:
         sweep: whose epochs end it.
         report: see `train_trial`.
         is_main: whether this rank writes.
+        began: see `train_trial`.
     """
 
-    def __init__(self, folder: Path, trial: Trial, sweep: Sweep, report: Report, is_main: bool):
+    def __init__(self, folder: Path, trial: Trial, sweep: Sweep, report: Report, is_main: bool, began: float):
         self._folder, self._trial, self._sweep = folder, trial, sweep
-        self._report, self._is_main = report, is_main
+        self._report, self._is_main, self._began = report, is_main, began
         self._best, self._before_s = trial.dice_so_far, trial.device_s
         self._start_s: float | None = None
         self.last = trial.rows[-1] if trial.rows else None
@@ -119,10 +128,11 @@ class Validations:
     def __call__(self, row: dict[str, Any]) -> None:
         """Takes a row of `train`."""
         if row["epoch"] == 0 or self._start_s is None:
-            self._start_s = seconds_of_process()
+            self._start_s = time.time() - self._began
         if row["epoch"] == 0:
             return
-        noted = _noted(row, self._best, self._before_s + seconds_of_process()) | {"start_s": self._start_s}
+        held_s = time.time() - self._began
+        noted = _noted(row, self._best, self._before_s + held_s) | {"start_s": self._start_s}
         self._best = noted[METRIC]
         self.last = noted
         if self._is_main:
@@ -205,15 +215,18 @@ def limit_gpu_memory(gpus_per_trial: float) -> None:
             torch.cuda.set_per_process_memory_fraction(max(gpus_per_trial / 2, gpus_per_trial - aside))
 
 
-def seconds_of_process() -> float:
-    """Since this process was started."""
+def start_of_process() -> float:
+    """When this process was started, in seconds since the epoch."""
     import psutil
 
-    return time.time() - psutil.Process().create_time()
+    return psutil.Process().create_time()
 
 
 def _rank_of_trial(place: dict[str, Any]) -> None:
-    train_trial(Path(place["sweep"]), place["number"], ray_train.report, collective.broadcast_from_rank_zero)
+    from ray import train as ray_train
+    from ray.train import collective
+
+    train_trial(place["sweep"], place["number"], ray_train.report, collective.broadcast_from_rank_zero)
 
 
 def _train(config: TrainConfig, split_file: Path, on_validation: Callable[[dict], None]) -> None:

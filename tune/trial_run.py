@@ -39,7 +39,7 @@ def run_trial(place: dict[str, Any]) -> None:
         place: `sweep` (folder), `number`, `ranks`, and of each rank `needs` (CPU, GPU).
     """
     if place["ranks"] == 1:
-        train_trial(Path(place["sweep"]), place["number"], tune.report)
+        train_trial(Path(place["sweep"]), place["number"], place["needs"]["CPU"], tune.report)
         return
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -58,12 +58,13 @@ def run_trial(place: dict[str, Any]) -> None:
     trainer.fit()
 
 
-def train_trial(sweep_folder: Path, number: int, report: Report, share: Share = lambda told: told) -> None:
+def train_trial(sweep_folder: Path, number: int, cpus: int, report: Report, share: Share = lambda told: told) -> None:
     """Trains one trial to its end, from where it stands.
 
     Args:
         sweep_folder: holds sweep.json, split.json and the trials.
         number: of the trial.
+        cpus: of this rank; the machine's others are other trials'.
         report: is told epoch and best Dice after each validation; may not return.
         share: a collective: gives every rank what rank 0 gives it. Without it the rank is the only one.
     """
@@ -81,7 +82,7 @@ def train_trial(sweep_folder: Path, number: int, report: Report, share: Share = 
             validations = Validations(folder, trial, sweep, report, is_main)
             config = settings_of(sweep, trial, folder, start["resume"])
             if validations.last is None or validations.last["epoch"] < sweep.num_epochs:
-                _train(config, sweep_folder / SPLIT_FILE, validations)
+                _train(config, cpus, sweep_folder / SPLIT_FILE, validations)
         except UserError as error:
             if isinstance(error, DiskError):  # the same trial may go on once there is room
                 _note_crash(folder)
@@ -213,12 +214,16 @@ def seconds_of_process() -> float:
 
 
 def _rank_of_trial(place: dict[str, Any]) -> None:
-    train_trial(Path(place["sweep"]), place["number"], ray_train.report, collective.broadcast_from_rank_zero)
+    cpus, share = place["needs"]["CPU"], collective.broadcast_from_rank_zero
+    train_trial(Path(place["sweep"]), place["number"], cpus, ray_train.report, share)
 
 
-def _train(config: TrainConfig, split_file: Path, on_validation: Callable[[dict], None]) -> None:
-    from sft.train import train  # torch and all the rest load here
+def _train(config: TrainConfig, cpus: int, split_file: Path, on_validation: Callable[[dict], None]) -> None:
+    from sft.features import MOST_READERS  # torch and all the rest load here
+    from sft.train import train
 
+    if config.num_workers == "auto":
+        config = override(config, {"num_workers": min(MOST_READERS, cpus)})
     train(config, on_validation, split_file)
 
 

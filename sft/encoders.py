@@ -100,7 +100,7 @@ class Encoders:
         try:
             return self._encoded(loaded)
         except torch.OutOfMemoryError:
-            if not self._sam2_parts.forget():  # a recording keeps its memory from the vision encoder
+            if not self.forget():  # a recording keeps its memory from the vision encoder
                 raise
         return self._encoded(loaded)
 
@@ -127,6 +127,10 @@ class Encoders:
         """Around so many calls of `encode`: on a GPU, SAM2's encoder is recorded as a CUDA graph if that pays."""
         stays = self.device.type == "cuda" and not self.resting  # a graph reads weights where they were
         return self._sam2_parts.recording(stays and calls >= WORTH_RECORDING)
+
+    def forget(self) -> bool:
+        """Records no more and gives the memory of recordings back; whether there were any."""
+        return self._sam2_parts.forget()
 
     def entry_bytes(self, layout: Layout) -> int:
         """Size of the entry of an image with so many vision tokens."""

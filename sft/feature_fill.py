@@ -6,12 +6,13 @@ bf16 features, which must not depend on where a filling was interrupted.
 """
 
 import contextlib
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -21,7 +22,7 @@ from sft.report import Progress
 
 LOADED_AHEAD, KEPT_BEHIND = 3, 2  # groups around the one that is being encoded
 
-Image = TypeVar("Image")
+Done, Image = TypeVar("Done"), TypeVar("Image")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,26 @@ class Filled(NamedTuple):
     entries: int
     waited_s: float
     """Seconds in which no image was read in time: the readers were too slow."""
+
+
+class _Task(Generic[Done]):
+    """Work of a thread, done once more where GPU memory ended; before that the recorded encoder gives its own back."""
+
+    def __init__(self, threads: Executor, *call: Any):
+        self._submit = functools.partial(threads.submit, *call)
+        self._future: Future[Done] = self._submit()
+
+    def result(self, encoders: Encoders) -> Done:
+        """What the call gave. For the thread that encodes: nothing may be recorded or replayed meanwhile."""
+        try:
+            return self._future.result()
+        except torch.OutOfMemoryError:
+            encoders.forget()
+        return self._submit().result()
+
+    def cancel(self) -> None:
+        """Does not begin what has not begun."""
+        self._future.cancel()
 
 
 def grouped(works: Iterable[Work], size: int) -> list[list[Work]]:
@@ -74,8 +95,8 @@ def fill(
     missing = set(store.missing(key for group in groups for work in group for key in work.key_of_view.values()))
     groups = _unfinished(groups, missing, encoders)
     stream = torch.cuda.Stream(encoders.device) if encoders.device.type == "cuda" else None
-    loading: deque[list[Future[Loaded]]] = deque()
-    keeping: deque[Future[None]] = deque()
+    loading: deque[list[_Task[Loaded]]] = deque()
+    keeping: deque[_Task[None]] = deque()
     waited_s = 0.0
     shown = Progress("Features", len(missing), unit="image") if show and missing else contextlib.nullcontext()
     many = encoders.many(len(groups))
@@ -83,24 +104,24 @@ def fill(
         try:
             for position, group in enumerate(groups):
                 for later in groups[position + len(loading) : position + LOADED_AHEAD]:
-                    loading.append([readers.submit(load, work.image, [*work.key_of_view]) for work in later])
+                    loading.append([_Task(readers, load, work.image, [*work.key_of_view]) for work in later])
                 waiting_s = time.perf_counter()
-                loaded = [future.result() for future in loading.popleft()]
+                loaded = [task.result(encoders) for task in loading.popleft()]
                 waited_s += time.perf_counter() - waiting_s
                 entries = encoders.encode(loaded)
                 keys = [key for work in group for key in work.key_of_view.values()]
                 wanted = {key: entry for key, entry in zip(keys, entries, strict=True) if key in missing}
-                done = torch.cuda.current_stream(encoders.device).record_event() if stream else None
-                keeping.append(keeper.submit(_keep, store, wanted, stream, done))
-                if len(keeping) > KEPT_BEHIND:
-                    keeping.popleft().result()
                 if progress:
                     progress.advance(len(wanted))
-            for kept in keeping:
-                kept.result()
+                done = torch.cuda.current_stream(encoders.device).record_event() if stream else None
+                keeping.append(_Task(keeper, _keep, store, wanted, stream, done))
+                if len(keeping) > KEPT_BEHIND:
+                    keeping.popleft().result(encoders)
+            for task in keeping:
+                task.result(encoders)
         finally:
-            for future in (future for several in loading for future in several):
-                future.cancel()
+            for task in (task for several in loading for task in several):
+                task.cancel()
     return Filled(len(missing), waited_s)
 
 
@@ -122,7 +143,7 @@ def _keep(
     stream: torch.cuda.Stream | None,
     computed: torch.cuda.Event | None,
 ) -> None:
-    """Runs in a thread, whose copies wait for these entries and hold up no others."""
+    """Runs in a thread, whose copies wait for these entries and hold up no others; lets go of those it has kept."""
     with torch.cuda.stream(stream):  # does nothing for None
         if stream is not None:
             stream.wait_event(computed)
@@ -130,3 +151,4 @@ def _keep(
             store.put(key, entry)
         if stream is not None:
             stream.synchronize()  # before the memory of the entries goes to the next ones
+    entries.clear()  # the task still has them: to keep them again if that failed

@@ -5,6 +5,7 @@ Takes and gives environment variables, as DeepSpeed's launcher and torch read th
 
 import atexit
 import ctypes
+import math
 import os
 import shutil
 import signal
@@ -46,10 +47,9 @@ def local_ranks(environ: Mapping[str, str]) -> int:
 
 
 def processors() -> int:
-    """What this process may use of the machine."""
-    if hasattr(os, "sched_getaffinity"):  # Linux: a container may own fewer than the machine has
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """What this process may use of the machine: those it is bound to, and no more than a container's quota grants."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return math.ceil(min(bound, _granted_processors()))
 
 
 def rank_environ(rank: int, count: int) -> dict[str, str]:
@@ -128,6 +128,27 @@ def start_ranks(count: int) -> int:
         return 128 + received[0]
     _show_failures(codes, logs)
     return max(codes.values())
+
+
+def _granted_processors(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Seconds of processor time that the process's control groups grant it per second; infinity without a quota.
+
+    Args:
+        mounted: where control groups of version 2 lie, and beneath `cpu` those of version 1.
+        own: names the groups of this process; inside a container perhaps as the host knows them, and then they are not
+            there: what the container has lies at the top.
+    """
+    granted = [math.inf]
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, group = line.split(":", 2)
+        top = mounted / "cpu" if "cpu" in controllers.split(",") else mounted
+        innermost = top / group.lstrip("/")
+        for folder in (innermost, *innermost.parents):  # each of them may set a quota
+            files = [folder / name for name in ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")]
+            match " ".join(file.read_text() for file in files if os.access(file, os.R_OK)).split():
+                case [quota, period] if quota not in ("max", "-1"):
+                    granted.append(int(quota) / int(period))
+    return min(granted)
 
 
 def _start_rank(rank: int, count: int, logs: Path) -> subprocess.Popen:

@@ -1,10 +1,11 @@
 """Kills parts of a sweep with SIGKILL, continues it, and tells what was lost; one line a round, a summary at the end.
 
-Usage: python tests/sweep_drill.py [--rounds 10] [--kinds driver trial node] [--folder DIR] [--seed 0]
+Usage: python tests/sweep_drill.py [--rounds 10] [--kinds driver trial actor node] [--folder DIR] [--seed 0]
 
 A round: a sweep of small trials on this machine (`node`: on a Ray cluster of two nodes started here); after a random
-number of validations the driver, one trial's process or the second node is killed; a driver is started again with
---resume. Lost is what an ended trial no longer has, and of a running one the epochs that it trains a second time.
+number of validations the driver, one trial's process, Ray's process for it (`actor`) or the second node is killed; a
+driver is started again with --resume. Lost is what an ended trial no longer has, and of a running one the epochs that
+it trains a second time.
 """
 
 import argparse
@@ -32,14 +33,15 @@ KEPT = {"model_path", "data_root", "val_list", "lora_rank", "lora_alpha", "lora_
 KEPT |= {"num_epochs", "batch_size", "val_batch_size", "seg_rate_samples", "gradient_checkpointing", "num_workers"}
 SPACE = "lora_rank: {choice: [2, 4, 8]}\nlearning_rate: {loguniform: [1.0e-3, 3.0e-2]}\n"
 LIMIT_S = 600
-TRIAL_TITLE = "ray::ImplicitFunc"  # what Ray calls the process of a function that it runs as a trial
+ACTOR_TITLE = "ray::ImplicitFunc"  # what Ray calls its process for a trial, and
+FORK_SERVER = "tune.fork_server"  # what stands in the command line of the process it starts, and of that one's forks
 
 
 def main() -> int:
     """Runs the rounds; returns 1 if anything finished was lost, or a running trial lost more than one epoch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--kinds", nargs="+", default=["driver", "trial", "node"])
+    parser.add_argument("--kinds", nargs="+", default=["driver", "trial", "actor", "node"])
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -75,7 +77,7 @@ def drill(folder: Path, kind: str, name: str, after: int) -> dict:
 
     Args:
         folder: see `write_inputs`.
-        kind: driver, trial or node.
+        kind: driver, trial, actor or node.
         name: of the sweep.
         after: validations before the kill.
     """
@@ -122,9 +124,9 @@ def kill(kind: str, driver: subprocess.Popen, cluster: "Cluster | None") -> str:
             os.kill(driver.pid, signal.SIGKILL)
             driver.wait()
             return str(driver.pid)
-        case "trial":
-            wait_for(lambda: trials_of(driver.pid) or driver.poll() is not None, "trial")
-            victims = trials_of(driver.pid)
+        case "trial" | "actor":
+            wait_for(lambda: processes_of(kind, driver.pid) or driver.poll() is not None, "trial")
+            victims = processes_of(kind, driver.pid)
             if not victims:
                 return "none: all have ended"
             victims[0].kill()
@@ -132,7 +134,7 @@ def kill(kind: str, driver: subprocess.Popen, cluster: "Cluster | None") -> str:
         case "node":
             return cluster.kill_second()
         case _:
-            raise ValueError(f"{kind}: expected driver, trial or node")
+            raise ValueError(f"{kind}: expected driver, trial, actor or node")
 
 
 class Cluster:
@@ -211,13 +213,14 @@ def validations(sweep: Path) -> int:
     return sum(len(rows) for rows, _ in state(sweep).values())
 
 
-def trials_of(driver: int) -> list[psutil.Process]:
-    """Trials of this driver alone: other sweeps may run on the machine."""
+def processes_of(kind: str, driver: int) -> list[psutil.Process]:
+    """Trials of this driver alone, or Ray's processes for them: other sweeps may run on the machine."""
     found = []
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in psutil.Process(driver).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "".join(process.cmdline()).startswith(TRIAL_TITLE):
+                is_fork = FORK_SERVER in process.cmdline() and FORK_SERVER in process.parent().cmdline()
+                if is_fork if kind == "trial" else "".join(process.cmdline()).startswith(ACTOR_TITLE):
                     found.append(process)
     return found
 

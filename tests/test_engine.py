@@ -4,6 +4,9 @@ two ranks."""
 import json
 import math
 import os
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
@@ -122,11 +125,79 @@ def test_plain_process_becomes_the_only_rank_on_a_free_port(ranks):
     assert engine.all_reduce_sum(torch.tensor([2**53 + 1], device=ranks.device)).item() == 2**53 + 1
 
 
+def test_a_first_step_does_not_load_torchs_compiler():
+    """It imports DeepSpeed's Muon, whose functions would have themselves compiled; a second, for what is not used."""
+    code = """if True:
+        import sys, toy
+        from sft import engine
+        from sft.config import TrainConfig
+        config = TrainConfig(precision="fp32", gradient_accumulation_steps=1)
+        ranks = engine.start(config)
+        toy.train(toy.build(config, ranks), config, ranks, range(1))
+        engine.shut_down()
+        modules = ("deepspeed.runtime.zero.muon.original_muon", "torch._inductor.compile_fx")
+        print(*(name in sys.modules for name in modules), engine.torch.compile.__module__)
+    """
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "RANK", "WORLD_"))}
+    environ |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join((str(toy.ROOT / "tests"), toy.PYTHONPATH))}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True False torch"
+
+
 def test_incomplete_launch_is_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError, match="WORLD_SIZE is 2"):
         engine.start(TrainConfig(precision="fp32"))
+
+
+# The thread of a backward pass
+
+
+def where_it_runs():
+    """The thread, and whether autograd may have others."""
+    return threading.get_ident(), torch.autograd.is_multithreading_enabled()
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
+def watched(request):
+    """A scalar whose backward pass notes where it runs, and the notes."""
+    found = []
+    weight = torch.ones(2, device=request.param, requires_grad=True)
+    value = weight * 2
+    value.register_hook(lambda _: found.append(where_it_runs()))
+    return value.sum(), found
+
+
+def test_a_backward_pass_runs_in_the_thread_that_asks_for_it(watched):
+    """On a GPU torch would wake a thread of its own; on a CPU it never does, and only the setting can be seen."""
+    value, found = watched
+    with engine.in_this_thread():
+        value.backward()
+    assert found == [(threading.get_ident(), False)]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_engines_backward_pass_runs_in_the_thread_that_asks_for_it(ranks, tmp_path, stage):
+    """Both of them under ZeRO-2: autograd's own, and DeepSpeed's, which gives the vectors their gradients."""
+    ds_engine, found = toy.build(toy.config(tmp_path, stage), ranks), []
+    loss = ds_engine(toy.tokens(0, 0, ranks, 2), 0)
+    for tensor in (loss, *(vector.parameter for vector in ds_engine.vectors)):
+        tensor.register_hook(lambda _: found.append(where_it_runs()))
+    ds_engine.backward(loss)
+    assert found == [(threading.get_ident(), False)] * (1 + len(ds_engine.vectors))
+    assert bool(ds_engine.vectors) == (stage == 2)
+
+
+def test_after_a_backward_pass_autograd_may_have_threads_again_also_where_it_failed():
+    assert torch.autograd.is_multithreading_enabled()
+    with engine.in_this_thread():
+        assert not torch.autograd.is_multithreading_enabled()
+    assert torch.autograd.is_multithreading_enabled()
+    with pytest.raises(RuntimeError, match="in the middle"), engine.in_this_thread():
+        raise RuntimeError("in the middle")
+    assert torch.autograd.is_multithreading_enabled()
 
 
 # Training

@@ -1,6 +1,7 @@
 """Features: each image is encoded once and comes out as the encoders give it, in every view and whatever is kept."""
 
 import dataclasses
+import shutil
 import threading
 
 import numpy as np
@@ -17,6 +18,7 @@ from sft.features import VIEWS, Features, Item, turned
 from sft.model import lora, published
 from sft.model.sa2va_internvl import Sa2VAInternVL
 
+GUARD_S = 30  # for what a test waits for; nothing takes that long
 ALONE = engine.Ranks(0, 0, 1, torch.device("cpu"))
 
 
@@ -83,6 +85,28 @@ def plan(pairs, size, view=0):
 def only(features, items):
     (batch,) = features.batches([items])
     return batch
+
+
+# Readers
+
+
+@pytest.mark.parametrize(
+    ("processors", "ranks", "readers"),
+    [(1, 1, 1), (6, 1, 6), (7, 2, 3), (2, 4, 1), (16, 1, 16), (96, 1, 16), (96, 8, 12)],
+)
+def test_auto_is_a_reader_for_each_processor_of_this_rank_and_16_at_most(monkeypatch, processors, ranks, readers):
+    """Ranks of one machine share what it has; more readers only wait for each other."""
+    monkeypatch.setattr(room, "processors", lambda: processors)
+    monkeypatch.setenv("WORLD_SIZE", "64")  # over many machines
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert room._reader_count(TrainConfig(num_workers="auto")) == readers
+
+
+@pytest.mark.parametrize(("given", "readers"), [(0, 1), (1, 1), (5, 5), (40, 40)])
+def test_a_given_number_of_readers_is_taken_as_it_is(monkeypatch, given, readers):
+    monkeypatch.setattr(room, "processors", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert room._reader_count(TrainConfig(num_workers=given)) == readers
 
 
 # Once
@@ -296,6 +320,69 @@ def test_closing_ends_the_readers(made, pairs):
     assert threading.active_count() > before
     features.close()
     assert threading.active_count() == before
+
+
+@pytest.fixture
+def filled(made):
+    """A function that fills Features for pairs whose images others have encoded: their masks are all that is read."""
+    opened = []
+
+    def make(pairs):
+        items, first = [Item(pair) for pair in pairs], made()
+        first.choose(items, ALONE, 0)
+        first.fill(items, ALONE)
+        first.close()
+        model, preprocess, sizes = first.loaded.model, first.loaded.preprocess, check(pairs).sizes_hw
+        opened.append(Features(model, preprocess, first.config, torch.device("cpu"), sizes))  # with one reader
+        opened[-1].choose(items, ALONE, 0)
+        return opened[-1], lambda: opened[-1].fill(items, ALONE)
+
+    yield make
+    for features in opened:
+        features.close()
+
+
+def test_closing_while_masks_are_read_behind_a_filling_ends_what_has_begun_and_begins_no_other(
+    filled, pairs, monkeypatch
+):
+    """A run may end before the readers are through with the masks that `fill` has left to them."""
+    features, fill = filled(pairs)
+    begun, closing, reads, coming = threading.Event(), threading.Event(), [], []
+    read_mask, submit = room.read_mask, features._readers.submit
+
+    def held(pair):
+        reads.append(pair.name)
+        begun.set()
+        assert closing.wait(GUARD_S)
+        return read_mask(pair)
+
+    monkeypatch.setattr(room, "read_mask", held)
+    monkeypatch.setattr(features._readers, "submit", lambda *call: coming.append(submit(*call)))
+    assert fill().startswith("Frozen features: 0 of 6 computed")
+    assert begun.wait(GUARD_S)
+    coming[-1].add_done_callback(lambda _: closing.set())  # called off
+    features.close()
+    assert reads == NAMES[:1] and not {one.name[:4] for one in threading.enumerate()} & {"read", "keep", "writ"}
+    assert [mask.cancelled() for mask in coming] == [False, *[True] * 5]
+    assert np.array_equal(coming[0].result(), read_mask(pairs[0]))
+
+
+def test_a_mask_that_cannot_be_read_behind_a_filling_is_told_by_the_step_that_needs_it(
+    filled, pairs, tmp_path, monkeypatch
+):
+    mask = tmp_path / "mask.png"
+    shutil.copyfile(pairs[1].mask, mask)
+    broken = dataclasses.replace(pairs[1], mask=mask)
+    features, fill = filled([pairs[0], broken])
+    mask.write_bytes(b"no picture")
+    coming, submit = [], features._readers.submit
+    monkeypatch.setattr(features._readers, "submit", lambda *call: coming.append(submit(*call)))
+    fill()
+    assert isinstance(coming[-1].exception(), UserError)
+    batches = features.batches([[Item(pairs[0])], [Item(broken)]])
+    assert next(batches).items == (Item(pairs[0]),)
+    with pytest.raises(UserError, match=r"mask\.png"):
+        next(batches)
 
 
 # Encoders beside the model

@@ -117,7 +117,7 @@ def test_a_finished_sweep_can_be_made_longer_and_repeats_its_best_with_other_see
     assert len({json.dumps(trial.settings) for trial in found}) == len(found)
 
 
-@pytest.mark.parametrize("kind", ["driver", "trial"])
+@pytest.mark.parametrize("kind", ["driver", "trial", "actor"])
 def test_a_kill_loses_nothing_finished_and_at_most_one_epoch(tmp_path_factory, kind):
     folder = tmp_path_factory.mktemp(kind)
     sweep_drill.write_inputs(folder)

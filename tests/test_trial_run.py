@@ -6,15 +6,20 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray.train
+import ray.tune
 import small_runs
 import small_sweeps as small
 import torch
+from ray.train import collective
 
 from sft import checkpoint, losses
+from sft.config import TrainConfig
 from sft.feature_store.place import free_gpu_bytes
 from sft.settings import DiskError, UserError
 from sft.train import prepare
@@ -24,6 +29,7 @@ from tune.trials import OUTCOME_FILE, ROWS_FILE, Trial
 
 pytestmark = pytest.mark.usefixtures("ranks")
 EPOCHS = 4
+CPUS = 1
 GIB = 2**30
 TIMES = {"device_s", "start_s", "time"}
 SPARSE = {"validate_every": 2, "num_epochs": EPOCHS}
@@ -66,7 +72,7 @@ def sweep(tmp_path_factory, ranks) -> Path:
 def whole(sweep) -> Trial:
     """A trial that nothing interrupted."""
     ray = begin(sweep, 0)
-    train_trial(sweep, 0, ray)
+    train_trial(sweep, 0, CPUS, ray)
     assert ray.told == [1, 2, 3, 4]
     return trials.read(trials.folder_of(sweep, 0))
 
@@ -128,11 +134,11 @@ def test_a_second_attempt_goes_on_from_the_epoch_of_the_first(sweep, whole, epoc
     ray = begin(sweep, number, ends_at=epoch)
     folder = trials.folder_of(sweep, number)
     with pytest.raises(ProcessEnds):
-        train_trial(sweep, number, ray)
+        train_trial(sweep, number, CPUS, ray)
     first = trials.read(folder)
     assert (first.status, first.epoch) == ("unfinished", epoch) and not (folder / CRASH_FILE).exists()
     ray = Ray(folder)
-    train_trial(sweep, number, ray)
+    train_trial(sweep, number, CPUS, ray)
     assert ray.told == list(range(epoch + 1, EPOCHS + 1))
     second = trials.read(folder)
     assert second.status == "finished" and figures(second) == figures(whole)
@@ -147,11 +153,11 @@ def test_validations_that_a_kill_kept_from_the_folder_are_caught_up(sweep, whole
     ray = begin(sweep, number, ends_at=2)
     folder = trials.folder_of(sweep, number)
     with pytest.raises(ProcessEnds):
-        train_trial(sweep, number, ray)
+        train_trial(sweep, number, CPUS, ray)
     lines = (folder / ROWS_FILE).read_text().splitlines()
     (folder / ROWS_FILE).write_text("".join(f"{line}\n" for line in lines[:kept]) + lines[kept][:9])
     ray = Ray(folder)
-    train_trial(sweep, number, ray)
+    train_trial(sweep, number, CPUS, ray)
     assert ray.told == [3, 4]
     found = trials.read(folder)
     assert figures(found) == figures(whole)
@@ -168,7 +174,7 @@ def test_a_trial_that_was_killed_at_its_very_end_is_not_trained_again(sweep, who
     (folder / OUTCOME_FILE).unlink()
     monkeypatch.setattr(trial_run, "_train", fail)
     ray = Ray(folder)
-    train_trial(sweep, 0, ray)
+    train_trial(sweep, 0, CPUS, ray)
     assert ray.told == [EPOCHS] and figures(trials.read(folder)) == figures(whole)
     assert trials.read(folder).status == "finished"
 
@@ -178,7 +184,7 @@ def test_a_trial_that_was_killed_at_its_very_end_is_not_trained_again(sweep, who
 
 def test_settings_that_contradict_each_other_fail_with_their_reason(sweep):
     ray = begin(sweep, 30, lora_scope=["mask_decoder"], train_modules=["mask_decoder"])
-    train_trial(sweep, 30, ray)
+    train_trial(sweep, 30, CPUS, ray)
     found = trials.read(trials.folder_of(sweep, 30))
     assert (found.status, ray.told, found.rows) == ("failed", [], ())
     assert found.reason == "lora_scope and train_modules both name mask_decoder; keep it in one of them"
@@ -187,7 +193,7 @@ def test_settings_that_contradict_each_other_fail_with_their_reason(sweep):
 
 def test_a_mistake_that_training_finds_fails_with_its_reason(sweep):
     ray = begin(sweep, 31, lora_target_modules=["no_such_layer"])
-    train_trial(sweep, 31, ray)
+    train_trial(sweep, 31, CPUS, ray)
     found = trials.read(trials.folder_of(sweep, 31))
     assert found.status == "failed" and "no_such_layer" in found.reason and ray.told == []
 
@@ -205,7 +211,7 @@ def test_a_loss_that_is_no_number_fails_after_the_validations_before_it(sweep, w
     steps = small_runs.rows(run, "train")[0]["step"] * 2  # a batch has images of two sizes
     monkeypatch.setattr(losses, "combo", nan_later)
     ray = begin(sweep, 32)
-    train_trial(sweep, 32, ray)
+    train_trial(sweep, 32, CPUS, ray)
     found = trials.read(trials.folder_of(sweep, 32))
     assert found.status == "failed" and "is not finite" in found.reason
     assert ray.told == list(range(1, found.epoch + 1)) and 0 < found.epoch < EPOCHS
@@ -222,7 +228,7 @@ def test_what_nobody_expected_is_written_down_and_raised(sweep, monkeypatch):
     folder = trials.folder_of(sweep, 33)
     for attempt in (1, 2):
         with pytest.raises(RuntimeError, match="worm"):
-            train_trial(sweep, 33, ray)
+            train_trial(sweep, 33, CPUS, ray)
         text = (folder / CRASH_FILE).read_text()
         assert text.count("Traceback") == attempt and text.endswith("RuntimeError: a worm in the disk\n")
     assert trials.read(folder).status == "unfinished" and ray.told == []  # Ray tries again
@@ -234,10 +240,10 @@ def test_what_nobody_expected_is_written_down_and_raised(sweep, monkeypatch):
 def test_of_several_ranks_one_writes_and_all_tell(sweep, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     rows = [{"epoch": epoch, "dice": dice, "dice_best": 1.0} for epoch, dice in enumerate([0.9, 0.2, 0.4, 0.3, 0.1])]
-    monkeypatch.setattr(trial_run, "_train", lambda config, split, on_validation: [on_validation(row) for row in rows])
+    monkeypatch.setattr(trial_run, "_train", lambda config, cpus, split, told: list(map(told, rows)))
     told = []
     begin(sweep, 40)
-    train_trial(sweep, 40, told.append, lambda told: {"resume": None})
+    train_trial(sweep, 40, CPUS, told.append, lambda told: {"resume": None})
     folder = trials.folder_of(sweep, 40)
     assert [path.name for path in folder.iterdir()] == [trials.TRIAL_FILE]
     # The base's Dice, of epoch 0, is none of the trial's.
@@ -247,7 +253,7 @@ def test_of_several_ranks_one_writes_and_all_tell(sweep, monkeypatch):
         raise UserError("rank 0 tells it")
 
     monkeypatch.setattr(trial_run, "_train", mistaken)
-    train_trial(sweep, 40, told.append, lambda told: {"resume": None})
+    train_trial(sweep, 40, CPUS, told.append, lambda told: {"resume": None})
     assert not (folder / OUTCOME_FILE).exists()
 
 
@@ -266,7 +272,7 @@ def rank_1(sweep, monkeypatch):
             meanwhile(trials.folder_of(sweep, number))
             return told
 
-        train_trial(sweep, number, reports.append, share)
+        train_trial(sweep, number, CPUS, reports.append, share)
         return configs, reports
 
     return start
@@ -309,7 +315,7 @@ def test_rank_0_tells_the_others_where_the_trial_stands_once_it_has_it(sweep, wh
         shared.append((told, "BlockingIOError" in held.stderr, trials.read(folder).epoch))
         return told
 
-    train_trial(sweep, 0, lambda row: None, share)
+    train_trial(sweep, 0, CPUS, lambda row: None, share)
     (run,) = folder.glob(checkpoint.RUN_PATTERN)
     assert shared == [({"resume": str(checkpoint.newest(run))}, True, EPOCHS)]
 
@@ -323,7 +329,7 @@ def test_rank_0_tells_the_others_that_it_could_not_start(sweep, monkeypatch, err
     number, shared = (44 if isinstance(error, RuntimeError) else 45), []
     begin(sweep, number)
     with pytest.raises(RuntimeError) if number == 44 else contextlib.nullcontext():
-        train_trial(sweep, number, fail, shared.append)
+        train_trial(sweep, number, CPUS, fail, shared.append)
     found = trials.read(trials.folder_of(sweep, number))
     assert shared == [None] and (found.status, found.reason) == (
         ("unfinished", "") if number == 44 else ("failed", "changed")
@@ -333,15 +339,30 @@ def test_rank_0_tells_the_others_that_it_could_not_start(sweep, monkeypatch, err
 def test_ranks_of_a_trial_share_through_ray(monkeypatch):
     called = []
     monkeypatch.setattr(trial_run, "train_trial", lambda *arguments: called.append(arguments))
-    trial_run._rank_of_trial({"sweep": "/a", "number": 3})
-    assert called == [(Path("/a"), 3, trial_run.ray_train.report, trial_run.collective.broadcast_from_rank_zero)]
+    trial_run._rank_of_trial({"sweep": "/a", "number": 3, "ranks": 2, "needs": {"CPU": 5, "GPU": 1}})
+    assert called == [("/a", 3, 5, ray.train.report, collective.broadcast_from_rank_zero)]
 
 
-def test_a_trial_of_one_rank_runs_where_ray_started_it(monkeypatch):
-    called = []
-    monkeypatch.setattr(trial_run, "train_trial", lambda *arguments: called.append(arguments))
-    run_trial({"sweep": "/a", "number": 3, "ranks": 1, "needs": {"CPU": 1, "GPU": 0}})
-    assert called == [(Path("/a"), 3, trial_run.tune.report)]
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_a_trial_of_one_rank_is_forked_and_counts_from_when_it_got_its_devices(monkeypatch, is_warm):
+    """The first one has them while Ray's process starts and imports; the next ones from their own start on."""
+    ran, now = [], time.time()
+    monkeypatch.setattr(
+        trial_run, "_forks", SimpleNamespace(is_warm=is_warm, run=lambda *arguments: ran.append(arguments))
+    )
+    run_trial({"sweep": "/a", "number": 3, "ranks": 1, "needs": {"CPU": 4, "GPU": 0}})
+    ((place, report),) = ran
+    assert report is ray.tune.report and place.items() >= {"sweep": "/a", "number": 3, "cpus": 4}.items()
+    assert (place["began"] >= now) is is_warm and place["began"] >= trial_run.start_of_process()
+
+
+@pytest.mark.parametrize(("num_workers", "cpus", "readers"), [("auto", 5, 5), ("auto", 48, 16), (0, 5, 0), (9, 5, 9)])
+def test_a_trial_reads_with_its_own_cpus_unless_a_number_is_given(monkeypatch, num_workers, cpus, readers):
+    """Otherwise each of the trials on a machine would take all of it."""
+    trained = []
+    monkeypatch.setattr("sft.train.train", lambda config, *_: trained.append(config.num_workers))
+    trial_run._train(TrainConfig(num_workers=num_workers), cpus, Path(SPLIT_FILE), fail)
+    assert trained == [readers]
 
 
 @pytest.mark.parametrize(
@@ -362,7 +383,7 @@ def test_a_trial_takes_its_share_of_a_gpus_memory_before_it_trains(sweep, tmp_pa
 
     monkeypatch.setattr(trial_run, "_train", stop)
     trials.write_sweep(tmp_path, small.sweep(gpus_per_trial=gpus))
-    train_trial(tmp_path, 0, begin(tmp_path, 0))
+    train_trial(tmp_path, 0, CPUS, begin(tmp_path, 0))
     assert shares == [*asked, "training"]
 
 
@@ -417,7 +438,7 @@ def test_a_trial_without_room_for_its_checkpoint_has_not_failed(sweep, tmp_path,
     trials.write_sweep(tmp_path, small.sweep())
     ray = begin(tmp_path, 0)
     with pytest.raises(DiskError):
-        train_trial(tmp_path, 0, ray)
+        train_trial(tmp_path, 0, CPUS, ray)
     folder = trials.folder_of(tmp_path, 0)
     assert trials.read(folder).status == "unfinished"
     assert "DiskError: checkpoint_latest" in (folder / trial_run.CRASH_FILE).read_text()

@@ -43,7 +43,8 @@ def run_trial(place: dict[str, Any]) -> None:
     if place["ranks"] == 1:
         # The first one waits for this process and for its imports; Ray gives the process to another one then.
         began = time.time() if _forks.is_warm else start_of_process()
-        _forks.run({"sweep": place["sweep"], "number": place["number"], "began": began}, tune.report)
+        told = {"sweep": place["sweep"], "number": place["number"], "cpus": place["needs"]["CPU"], "began": began}
+        _forks.run(told, tune.report)
         return
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -63,13 +64,19 @@ def run_trial(place: dict[str, Any]) -> None:
 
 
 def train_trial(
-    sweep: str | Path, number: int, report: Report, share: Share = lambda told: told, began: float | None = None
+    sweep: str | Path,
+    number: int,
+    cpus: int,
+    report: Report,
+    share: Share = lambda told: told,
+    began: float | None = None,
 ) -> None:
     """Trains one trial to its end, from where it stands.
 
     Args:
         sweep: the folder that holds sweep.json, split.json and the trials.
         number: of the trial.
+        cpus: of this rank; the machine's others are other trials'.
         report: is told epoch and best Dice after each validation; may not return.
         share: a collective: gives every rank what rank 0 gives it. Without it the rank is the only one.
         began: when the trial got its devices, in seconds since the epoch; None: when this process was started.
@@ -89,7 +96,7 @@ def train_trial(
             validations = Validations(folder, trial, sweep, report, is_main, began)
             config = settings_of(sweep, trial, folder, start["resume"])
             if validations.last is None or validations.last["epoch"] < sweep.num_epochs:
-                _train(config, sweep_folder / SPLIT_FILE, validations)
+                _train(config, cpus, sweep_folder / SPLIT_FILE, validations)
         except UserError as error:
             if isinstance(error, DiskError):  # the same trial may go on once there is room
                 _note_crash(folder)
@@ -226,12 +233,16 @@ def _rank_of_trial(place: dict[str, Any]) -> None:
     from ray import train as ray_train
     from ray.train import collective
 
-    train_trial(place["sweep"], place["number"], ray_train.report, collective.broadcast_from_rank_zero)
+    cpus, share = place["needs"]["CPU"], collective.broadcast_from_rank_zero
+    train_trial(place["sweep"], place["number"], cpus, ray_train.report, share)
 
 
-def _train(config: TrainConfig, split_file: Path, on_validation: Callable[[dict], None]) -> None:
-    from sft.train import train  # torch and all the rest load here
+def _train(config: TrainConfig, cpus: int, split_file: Path, on_validation: Callable[[dict], None]) -> None:
+    from sft.features import MOST_READERS  # torch and all the rest load here
+    from sft.train import train
 
+    if config.num_workers == "auto":
+        config = override(config, {"num_workers": min(MOST_READERS, cpus)})
     train(config, on_validation, split_file)
 
 

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from sft import feature_store, replay
 from sft.config import TrainConfig
+from sft.data import read_image_of
+from sft.data.views import turned
 from sft.feature_store import Entry
 from sft.model import hiera
 from sft.model.preprocess import Preprocess
@@ -217,8 +219,9 @@ class Encoders:
     def _code(self) -> list[Path]:
         """Files of ours whose edit may change a feature."""
         classes = (*type(self.model).__mro__, *type(self.preprocess).__mro__, Encoders)
+        ours = (one for one in (*classes, read_image_of, turned) if one.__module__.startswith("sft."))
         blocks = {Path(hiera.__file__), Path(hiera.__file__).with_name("hiera_kernels.py")}
-        return sorted(blocks | {Path(inspect.getfile(one)) for one in classes if one.__module__.startswith("sft.")})
+        return sorted(blocks | {Path(inspect.getfile(one)) for one in ours})
 
     def _configurations(self) -> dict[str, str]:
         """What shapes the encoders and stands in no weight, e.g. the width of windows."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from sft import engine, feature_fill, feature_store, prefetch
 from sft.config import TrainConfig, UserError
 from sft.data import Pair, read_image_of, read_mask
+from sft.data.views import VIEWS, turned
 from sft.encoders import SAM2_PARTS, Encoders, Loaded, sent, vision_of
 from sft.feature_fill import Work
 from sft.feature_store import Demand, DiskStore, Entry, MemoryStore, NoStore, Place, Room
@@ -32,7 +33,6 @@ from sft.model.preprocess import Preprocess
 from sft.model.sa2va import Prompt, Sa2VA, Sam2Features, VisionFeatures
 from sft.ranks import local_ranks, processors
 
-VIEWS = 8  # the image as it is, its mirror image, and their quarter turns
 READ_AHEAD_BATCHES = 2
 MOST_READERS = 16
 TELL_WAITING_FROM = 0.2  # of the seconds that filling took
@@ -372,12 +372,6 @@ def _reader_count(config: TrainConfig) -> int:
 def _stacked(parts: list[Tensor]) -> Tensor:
     """One above the other; a single one is not copied."""
     return torch.stack(parts) if len(parts) > 1 else parts[0][None]
-
-
-def turned(pixels_HWx: np.ndarray, view: int) -> np.ndarray:
-    """An image or mask in one of its 8 views: `view % 4` quarter turns, after mirroring from 4 on."""
-    mirrored = pixels_HWx[:, ::-1] if view >= 4 else pixels_HWx
-    return np.ascontiguousarray(np.rot90(mirrored, view % 4))
 
 
 def _nothing(plan: Sequence[Sequence[Item]]) -> Iterator[list[None]]:

@@ -22,7 +22,8 @@ from sft import checkpoint, engine, keep, losses, operations, validation
 from sft import run as runs
 from sft.checkpoint import Progress
 from sft.config import TrainConfig
-from sft.features import VIEWS, Batch, Item
+from sft.data.views import VIEWS
+from sft.features import Batch, Item
 from sft.finite import DivergedError
 from sft.model import lora
 from sft.model.sa2va import Masks

@@ -215,8 +215,14 @@ def test_normalising_by_table_is_the_published_arithmetic_to_the_last_bit():
 # Once
 
 
-def test_a_second_run_reads_what_the_first_wrote(inputs, tmp_path, encoded, own_cache):
-    config = settings(inputs, tmp_path / "one", lora_dropout=0.2)
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora_dropout": 0.2}, {"train_modules": ("mask_decoder",), "batch_size": 1}],
+    ids=["LoRA", "decoder trains on one at a time"],
+)
+def test_a_second_run_reads_what_the_first_wrote(inputs, tmp_path, encoded, own_cache, changes):
+    """The second one reads entries while it trains, also while layers hold others for their backward pass."""
+    config = settings(inputs, tmp_path / "one", **changes)
     first = train(config)
     assert sum(encoded) == len(NAMES) == len(entries_in(own_cache))
     assert "Frozen features: 6 of 6 computed" in log_of(tmp_path / "one")
@@ -252,6 +258,20 @@ def test_what_a_preprocess_was_asked_before_names_no_other_store(family):
     preprocess.sam2_image(picture)
     assert encoders.scope()[0] == before
     encoders.preprocess = dataclasses.replace(preprocess, sam2_px=preprocess.sam2_px * 2)
+    assert encoders.scope()[0] != before
+
+
+@pytest.mark.parametrize(
+    "file", ["sft/data/read.py", "sft/data/views.py", "sft/encoders.py", "sft/model/preprocess.py"]
+)
+def test_an_edit_of_what_reads_or_encodes_images_names_another_store(file, tmp_path, monkeypatch):
+    """Otherwise entries of before a mended reading of, say, 16-bit images would be used for ever."""
+    encoders = Encoders(
+        small_sa2va.model(), small_sa2va.preprocess(), TrainConfig(precision="fp32"), torch.device("cpu")
+    )
+    before, of_file = encoders.scope()[0], feature_store.file_fingerprint
+    edited = lambda path: of_file(path) + ("edited" if str(path).endswith(file) else "")  # noqa: E731
+    monkeypatch.setattr(feature_store, "file_fingerprint", edited)
     assert encoders.scope()[0] != before
 
 

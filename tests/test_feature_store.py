@@ -576,6 +576,18 @@ def test_entries_in_memory_do_not_overlap(monkeypatch):
     assert all(same(store.read(str(number)), entry(number, size)) for number, size in enumerate(sizes))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_entry_that_a_layer_has_saved_for_its_backward_pass_bears_the_next_one(device):
+    """Entries share a slab: autograd must not take a write into the next one, read ahead, for one into the saved."""
+    pixels, layer = torch.ones(1, 4, 8, 8, device=device), torch.nn.Conv2d(4, 2, 1, device=device)
+    store = MemoryStore(torch.device(device))
+    store.put("a", {"level": pixels})
+    loss = layer(store.read("a")["level"]).sum()
+    store.put("b", {"level": pixels})
+    loss.backward()
+    assert torch.equal(layer.weight.grad, torch.full_like(layer.weight, 64))
+
+
 @pytest.mark.parametrize("place", ["disk", "host", "host before disk"])
 def test_reading_ahead_gives_each_batch_its_entries_in_order(made, place):
     store = stores(made)[place]

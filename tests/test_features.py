@@ -14,7 +14,8 @@ from sft import engine
 from sft import features as room
 from sft.config import TrainConfig, UserError
 from sft.data import Pair, check, read
-from sft.features import VIEWS, Features, Item, turned
+from sft.data.views import VIEWS, turned
+from sft.features import Features, Item
 from sft.model import lora, published
 from sft.model.sa2va_internvl import Sa2VAInternVL
 

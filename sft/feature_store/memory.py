@@ -114,4 +114,6 @@ class MemoryStore:
                 self._used = 0
             start = self._used
             self._used = -(-(start + wanted_bytes) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-            return self._slab[start : start + wanted_bytes]
+            # .data: autograd counts writes, of all parts of a slab together, and would take one into the next entry
+            # for one into an entry that a layer has saved for its backward pass.
+            return self._slab[start : start + wanted_bytes].data

@@ -173,7 +173,8 @@ def benchmark(arguments: argparse.Namespace, rest: list[str]) -> None:
     try:
         figures = measuring.measure(settings, keep)
     finally:
-        for path in (config.output_dir, os.environ["SA2VA_SFT_CACHE"]):
+        # All ranks share them: one that fails must not take them from the others, whose errors would be told instead.
+        for path in (config.output_dir, os.environ["SA2VA_SFT_CACHE"]) if is_main else ():
             shutil.rmtree(path, ignore_errors=True)
     if several:
         one = json.loads((folder / ONE_RANK).read_text(encoding="utf-8"))

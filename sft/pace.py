@@ -18,8 +18,8 @@ MEMORY_SHARE = 0.9  # of the GPU: what the estimate may fill before layers are r
 GRAPH_TOKENS = (
     4096  # of a batch; beyond, the GPU is busier than the CPU that feeds it (H200: 8 x 288 gains 20 %, 32 none)
 )
-# A compiled layer saves about 4.5 ms of launches a step (H200, 36 layers); compiling the one they share takes 25 s.
-SAVED_S_PER_LAYER, COMPILING_S = 0.0045, 25.0
+# A compiled layer saves about 4.5 ms of launches a step (H200, 36 layers); compiling the one they share takes 20 s.
+SAVED_S_PER_LAYER, COMPILING_S = 0.0045, 20.0
 
 
 def set_up(
@@ -44,7 +44,7 @@ def set_up(
     if not compiles(config, size, device, steps):
         return size, f"Step: {text}, not compiled"
     model.layers.compile()
-    text += ", compiled (the first steps take some 30 s)"
+    text += ", compiled (the first steps take some 20 s)"
     if size.recomputed_layers == 0:
         model.layers.graph_tokens = GRAPH_TOKENS
         text += f", replayed as CUDA graphs up to {GRAPH_TOKENS:,} tokens a batch"

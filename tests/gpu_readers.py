@@ -86,8 +86,9 @@ def of_step(found: dict, call: Call) -> Iterator[Figure]:
                 limits = _limits(targets, key, batch, factor)
                 yield Figure(f"{scene}, batch {batch}: {words}", factor * row[key], unit, note=note, **limits)
     start = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in found.get("start_parts_s", {}).items())
+    written = f", on the disk {found['write_s']:.1f} s later" if "write_s" in found else ""
     for key, words, unit, note in (
-        ("fill_images_per_s", "filling features", "images/s", f"{found.get('fill_images')} images"),
+        ("fill_images_per_s", "filling features", "images/s", f"{found.get('fill_images')} images{written}"),
         ("start_s", "start to the end of the first step", "s", f"batch {found['ours'][0]['batch_size']}; {start}"),
     ):
         if key in found:

@@ -122,7 +122,7 @@ def test_every_figure_is_measured_and_fits_into_json(config, monkeypatch, tmp_pa
     settings = benchmark.Settings(config, (1, 2), steps=2, warm_up=1, import_s=1.0, profiled_steps=2)
     figures = benchmark.measure(settings, lambda known: kept.append(json.dumps(known)))
     assert len(kept) == 3 and json.loads(kept[-1]) == json.loads(json.dumps(figures))
-    assert figures.keys() >= {"plain", "ours", "start_s", "fill_images_per_s", "device", "ranks", "formula"}
+    assert figures.keys() >= {"plain", "ours", "start_s", "fill_images_per_s", "write_s", "device", "ranks", "formula"}
     assert sum(figures["start_parts_s"].values()) == figures["start_s"] > figures["start_parts_s"]["imports"] == 1.0
     assert figures["fill_images_per_s"] > 0
     assert figures["fill_images"] == len(small_runs.NAMES)

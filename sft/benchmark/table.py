@@ -105,6 +105,8 @@ def _lines(figures: dict) -> Iterator[Line]:
         yield from _profile_lines(f"batch {batch}", row.get("profile", {"kernels": []}))
     unit = f"images/s, of {figures['fill_images']} images"
     yield "filling features", f"{figures['fill_images_per_s']:.1f}", unit, _target(figures, "fill_images_per_s")
+    if "write_s" in figures:
+        yield "  then until they are on the disk", f"{figures['write_s']:.1f}", "s, in a run beside its first steps", ""
     yield from _profile_lines("filling", figures.get("fill_profile", {"kernels": []}), "filling")
     yield "start to the end of the first step", f"{figures['start_s']:.1f}", "s", _target(figures, "start_s", unit="s")
     for part, seconds in figures.get("start_parts_s", {}).items():

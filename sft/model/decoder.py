@@ -34,7 +34,6 @@ class Decoder:
         self.recomputed_layers = 0
         self.graph_tokens = 0
         self._layer: Callable[..., Tensor] = _layer
-        self._end: Callable[..., Tensor] = _end
         self._graphs: dict[tuple, Callable[..., Tensor]] = {}
 
     def __call__(
@@ -71,10 +70,13 @@ class Decoder:
         return self._graphed(inputs)(*inputs) if self._may_graph(embeddings_BLC) else self._run(*inputs)
 
     def compile(self) -> None:
-        """Compiles the layer that all share, once per kind of batch; the first passes take some 25 s."""
+        """Compiles the layer that all but the last one share, once per kind of batch; the first passes take some 15 s.
+
+        The last one, cut short, would be compiled apart: 5 s of every start (H200) for a few thousandths of a step.
+        """
         # By default torch gives up after 8 kinds: shapes, with and without gradients, with and without a mask.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        self._layer, self._end = torch.compile(_layer), torch.compile(_end)
+        self._layer = torch.compile(_layer)
 
     def _run(
         self, states_BLC: Tensor, read_BR: Tensor, cos: Tensor, sin: Tensor, deepstack_KBLC: Tensor | None = None
@@ -87,7 +89,7 @@ class Decoder:
             states_BLC = run(layer, states_BLC, masks[number], cos, sin)
             if number < len(deepstack):
                 states_BLC = states_BLC + deepstack[number]
-        run = _recomputed(self._end) if len(layers) <= recomputed else self._end
+        run = _recomputed(_end) if len(layers) <= recomputed else _end
         states_BRC = run(layers[-1], states_BLC, read_BR, masks[-1], cos, sin)
         if len(layers) <= len(deepstack):
             states_BRC = states_BRC + deepstack[len(layers) - 1].gather(1, read_BR[..., None].expand_as(states_BRC))

@@ -25,7 +25,8 @@ from tune.trials import Trial  # noqa: E402
 
 SHARES = {1: "1", 2: "0.5", 4: "0.25", 8: "0.125"}
 RATE_TRIALS, RATE_EPOCHS = 8, 4
-ASHA_TRIALS, ASHA_EPOCHS, IMAGES, SEEDS = 27, 27, 100, 3
+# The bracket of the Hyperband paper (its section 3.2): 27 trials, epochs 3, 9, 27, 81.
+ASHA_TRIALS, ASHA_EPOCHS, IMAGES, SEEDS = 27, 81, 24, 3
 
 
 def main() -> int:
@@ -67,7 +68,7 @@ def rates(folder: Path, keep, small: bool) -> None:
         last = max(row["time"] for trial in found for row in trial.rows)
         per_hour = 3600 * len(found) / (last - first)
         started = statistics.median(row["start_s"] for trial in found for row in trial.rows[:1])
-        note = f"{number} trials of {epochs} epochs; process start to first step {started:.1f} s"
+        note = f"{number} trials of {epochs} epochs; start to first step {started:.1f} s"
         keep(Figure(f"trials per hour, {count} at a time", per_hour, note=note))
 
 
@@ -79,7 +80,7 @@ def asha(folder: Path, keep, small: bool) -> None:
         command = [sys.executable, "-m", "sft.synthetic", data, "--count", images, "--seed", 7, "--workers", 0]
         subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
     words = ["--config", ROOT / "tune" / "demo.yaml", "--space", ROOT / "tune" / "demo_space.yaml"]
-    words += ["--data_root", data, "--num_trials", number, "--num_epochs", epochs, "--gpus_per_trial", "0.25"]
+    words += ["--data_root", data, "--num_trials", number, "--num_epochs", epochs, "--gpus_per_trial", "0.125"]
     words += ["--grace", 1 if small else 3]
     stopped = search(folder, "asha", *words, "--seeds", seeds)
     own = [trial for trial in stopped if not trial.is_repeat]

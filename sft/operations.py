@@ -92,26 +92,40 @@ def _counted(sizes: Sizes, tokens: int, squares: int, read: int, labelled: int) 
 
 def forward_of(module: nn.Module, call: Callable[[], object]) -> int:
     """Operations of the linears and convolutions of a module in one call, by what passes through them."""
-    total = 0
+    with _Counter(module) as counter:
+        call()
+    return counter.total
 
-    def count(part: nn.Module, inputs: tuple, output: Tensor) -> None:
-        nonlocal total
+
+class _Counter:
+    """Adds up the operations of a module's linears and convolutions until it is closed."""
+
+    def __init__(self, module: nn.Module):
+        self.total = 0
+        kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+        self._handles = [
+            part.register_forward_hook(self._count) for part in module.modules() if isinstance(part, kinds)
+        ]
+
+    def _count(self, part: nn.Module, inputs: tuple, output: Tensor) -> None:
         match part:
             case nn.Linear():
-                total += 2 * output.numel() * part.in_features
+                self.total += 2 * output.numel() * part.in_features
             case nn.ConvTranspose2d():
-                total += 2 * inputs[0].numel() * part.weight[0].numel()
+                self.total += 2 * inputs[0].numel() * part.weight[0].numel()
             case nn.Conv2d():
-                total += 2 * output.numel() * part.weight[0].numel()
+                self.total += 2 * output.numel() * part.weight[0].numel()
 
-    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-    handles = [part.register_forward_hook(count) for part in module.modules() if isinstance(part, kinds)]
-    try:
-        call()
-    finally:
-        for handle in handles:
+    def close(self) -> None:
+        """Counts no more."""
+        for handle in self._handles:
             handle.remove()
-    return total
+
+    def __enter__(self) -> "_Counter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @functools.cache
@@ -131,31 +145,33 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Effort:
-    """The operations of the language model over an epoch's batches; MFU only on a GPU, without waiting for it.
+    """The operations of an epoch's batches, without waiting for the GPU.
 
-    The mask decoder, well below one percent in the published sizes, is not counted.
+    The mask decoder's are counted in the first batch, where all pass through its modules, and are the same for all.
     """
 
     def __init__(self, model: Sa2VA, device: torch.device):
         self._model, self._device = model, device
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)  # tokens, their squares, samples, labels
+        self._counter, self._decoder_per_sample = _Counter(model.sam2.mask_decoder), None
 
     def add(self, prompt: Prompt) -> None:
-        """One more batch."""
-        if self._device.type != "cuda":
-            return
+        """One more batch, whose forward pass is done."""
         lengths_B = lengths_of(prompt).double()
+        if self._decoder_per_sample is None:
+            self._counter.close()
+            trains = any(parameter.requires_grad for parameter in self._model.sam2.mask_decoder.parameters())
+            self._decoder_per_sample = (3 if trains else 2) * self._counter.total / len(lengths_B)
         labels = prompt.labels_BL
         labelled = lengths_B.new_zeros(()) if labels is None else (labels != IGNORED).sum().double()
         count = torch.full((), len(lengths_B), dtype=torch.float64, device=self._device)
         self._sums += torch.stack([lengths_B.sum(), lengths_B.square().sum(), count, labelled])
 
     def row(self, elapsed_s: float) -> dict[str, float]:
-        """{"mfu": share of the device's measured peak}; empty on a CPU."""
-        if self._device.type != "cuda":
-            return {}
+        """{"mfu": share of the device's measured peak}, after the first batch."""
         tokens, squares, samples, labelled = (int(value) for value in self._sums.tolist())
         needed = sum(_counted(sizes_of(self._model), tokens, squares, samples + labelled, labelled).values())
+        needed += samples * self._decoder_per_sample
         dtype = next(self._model.parameters()).dtype
         return {"mfu": needed / elapsed_s / measured_peak(self._device, dtype)}
 

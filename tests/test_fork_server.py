@@ -19,6 +19,7 @@ from tune import trials
 from tune.fork_server import ENVIRONMENT, ForkServer
 
 ROOT = Path(__file__).resolve().parents[1]
+PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 LAST = {"epoch": 9, "dice_so_far": 0.9, "number": 0}
 SERVER_WITHOUT_FORKS = """
 import sys, torch
@@ -48,9 +49,9 @@ def place(tmp_path):
 
 @pytest.fixture(scope="module")
 def forks():
-    """A server whose environment finds this checkout, as Ray's processes do."""
+    """A server that finds this checkout, as those do that Ray's processes start."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("PYTHONPATH", PATHS)
         server = ForkServer()
         yield server
         server.close()
@@ -133,7 +134,7 @@ def test_where_the_server_is_killed_its_trial_fails_and_the_next_one_has_a_new_s
 def test_a_trial_does_not_outlive_the_process_it_reports_to(place):
     """Ray kills its processes: nobody would give their trials' GPUs back."""
     command = [sys.executable, "-c", ACTOR, place["sweep"]]
-    actor = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+    actor = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": PATHS}, stdout=subprocess.PIPE, text=True)
     assert actor.stdout.readline() == "9\n"
     (server,) = psutil.Process(actor.pid).children()
     processes = [server, *server.children()]
@@ -149,7 +150,7 @@ def test_where_a_fork_could_not_use_the_gpu_each_trial_has_a_process_of_its_own(
     forks._connection, theirs = Pipe()
     with theirs:
         command = [sys.executable, "-c", SERVER_WITHOUT_FORKS, str(theirs.fileno())]
-        environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+        environment = os.environ | ENVIRONMENT | {"PYTHONPATH": PATHS}
         forks._server = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
     try:
         forks.run(place, lambda row: told.append(process_of_trial(forks).cmdline()))

@@ -99,23 +99,17 @@ def test_qwen_has_the_same_parts(tmp_path):
     assert sizes.attention == text["num_hidden_layers"] * text["num_attention_heads"] * 8
 
 
-def test_a_cpu_has_no_mfu_in_the_log(model):
-    effort = operations.Effort(model, torch.device("cpu"))
-    effort.add(Prompt(torch.zeros(1, 5, dtype=torch.int64), torch.tensor([4])))
-    assert effort.row(1.0) == {}
-
-
 def test_the_epochs_sums_are_those_of_its_batches(model, monkeypatch):
-    """What a GPU adds up batch by batch, here on the CPU, against the samples one by one."""
+    """The samples one by one; of the mask decoder, what passes through it in the first batch and never again."""
     monkeypatch.setattr(operations, "measured_peak", lambda device, dtype: 1e9)
-
-    class Gpu:
-        type = "cuda"
-
+    decoder = model.sam2.mask_decoder
+    layer = next(part for part in decoder.modules() if isinstance(part, nn.Linear))
+    layer.requires_grad_(True)  # one trains: 2 backward for 1 forward
     effort = operations.Effort(model, torch.device("cpu"))
-    monkeypatch.setattr(effort, "_device", Gpu())
-    monkeypatch.setattr(torch, "full", lambda size, value, dtype, device: torch.tensor(float(value), dtype=dtype))
     for positions in ([4, 6], [9]):
+        layer(torch.zeros(len(positions), 5, layer.in_features))
         effort.add(Prompt(torch.zeros(len(positions), max(positions) + 1), torch.tensor(positions)))
     expected = sum(operations.of_tokens(operations.sizes_of(model), [5, 7, 10]).values())
+    expected += 3 * 3 * 2 * 5 * layer.in_features * layer.out_features
     assert effort.row(2.0)["mfu"] == pytest.approx(expected / 2.0 / 1e9)
+    assert not any(part._forward_hooks for part in decoder.modules())

@@ -12,7 +12,7 @@ from sft.train import Result
 
 SIZES_HW = ((96, 128), (128, 96), (96, 128), (96, 128), (128, 128), (64, 128))
 NAMES = [f"v{number}" for number in range(len(SIZES_HW))]
-UNSTEADY = "_s"  # ends the keys whose values are times
+UNSTEADY = ("_s", "mfu")  # end the keys whose values are times, or come of one
 
 
 def write_images(folder: Path, count: int = len(SIZES_HW)) -> Path:
@@ -47,7 +47,7 @@ def settings(inputs: Path, output_dir: Path, **changes) -> TrainConfig:
 
 
 def rows(place: Result | Path, kind: str | None = None) -> list[dict]:
-    """Rows of a run's training_log.json without its times."""
+    """Rows of a run's training_log.json without its times and what comes of one."""
     directory = place.directory if isinstance(place, Result) else place
     found = json.loads((directory / "training_log.json").read_text())
     return [

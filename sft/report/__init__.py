@@ -6,9 +6,9 @@ the page made of them at the end (page.py). Only rank 0 opens a RunLog; the othe
 
 Rows, by kind. All hold "epoch" (0 for the base) and "step" (optimizer steps done); a key in brackets may be missing.
   step   loss, dice, focal, bce, [text] (the terms unweighted), lr; every log_every_steps
-  train  the same as means over the epoch, and samples_per_s, eta_s, [gpu_gib], [mfu] (the language model's share of
-         the measured peak), and the mean seconds of an optimizer step and of its parts: step_s, data_s, forward_s,
-         backward_s, optimizer_s
+  train  the same as means over the epoch, and samples_per_s, eta_s, [gpu_gib], [mfu] (the operations that a step
+         needs, as a share of the measured peak), and the mean seconds of an optimizer step and of its parts: step_s,
+         data_s, forward_s, backward_s, optimizer_s
   val    what metrics.summarize gives, and [seg_rate]
 """
 

@@ -173,7 +173,7 @@ def test_images_encoded_together_are_those_encoded_alone(family):
         assert together.entry_bytes(layout) == sum(tensor.nbytes for tensor in entry.values())
 
 
-def test_memory_that_ends_is_taken_from_the_recorded_encoder_before_anyone_hears_of_it():
+def test_memory_that_ends_is_taken_from_the_recorded_encoder_before_anyone_hears_of_it(monkeypatch):
     """As on a GPU, where a recording holds its memory; without one the error is the caller's."""
     encoders = Encoders(
         small_sa2va.model(), small_sa2va.preprocess(), TrainConfig(precision="fp32"), torch.device("cpu")
@@ -189,12 +189,13 @@ def test_memory_that_ends_is_taken_from_the_recorded_encoder_before_anyone_hears
     def short(images):
         raise torch.OutOfMemoryError
 
-    encoders.model.vision_features_of = short_beside_a_recording
+    # The model is other tests' too.
+    monkeypatch.setattr(encoders.model, "vision_features_of", short_beside_a_recording)
     encoders._sam2_parts._recordings[torch.Size([0])] = None
     for entry, own in zip(encoders.encode(given), expected, strict=True):
         assert all(torch.equal(entry[name], own[name]) for name in own)
     assert not encoders._sam2_parts._recordings
-    encoders.model.vision_features_of = short
+    monkeypatch.setattr(encoders.model, "vision_features_of", short)
     with pytest.raises(torch.OutOfMemoryError):
         encoders.encode(given)
 

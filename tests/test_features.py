@@ -98,6 +98,7 @@ def only(features, items):
 def test_auto_is_a_reader_for_each_processor_of_this_rank_and_16_at_most(monkeypatch, processors, ranks, readers):
     """Ranks of one machine share what it has; more readers only wait for each other."""
     monkeypatch.setattr(room, "processors", lambda: processors)
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)  # of a run before
     monkeypatch.setenv("WORLD_SIZE", "64")  # over many machines
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert room._reader_count(TrainConfig(num_workers="auto")) == readers

@@ -113,3 +113,11 @@ def test_the_epochs_sums_are_those_of_its_batches(model, monkeypatch):
     expected += 3 * 3 * 2 * 5 * layer.in_features * layer.out_features
     assert effort.row(2.0)["mfu"] == pytest.approx(expected / 2.0 / 1e9)
     assert not any(part._forward_hooks for part in decoder.modules())
+
+
+def test_measuring_the_peak_leaves_a_runs_random_numbers_alone():
+    """Dropout of the next epoch would depend on whether an earlier run in this process had measured it."""
+    operations.measured_peak.cache_clear()
+    before = torch.get_rng_state()
+    operations.measured_peak(torch.device("cpu"), torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)

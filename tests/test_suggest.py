@@ -168,7 +168,7 @@ def test_optuna_asks_for_nothing_out_of_range(tpe):
     for count in range(30):
         trial = suggestions.next()
         assert trial.number == count and (count == 0 or tpe.space.holds(trial.params))
-        suggestions.ended(ended(trial, 0.5 + count / 100))
+        suggestions.told(ended(trial, 0.5 + count / 100))
 
 
 @pytest.mark.parametrize("good", [(1e-5, 4e-5), (2.5e-4, 1e-3)])  # of two decades three fifths of one
@@ -184,27 +184,30 @@ def test_optuna_is_told_what_earlier_sessions_found(tpe, good):
     for trial in iter(suggestions.next, None):
         rate = trial.params["learning_rate"]
         asked.append(good[0] <= rate <= good[1])
-        suggestions.ended(ended(trial, 0.9 if asked[-1] else 0.1))
+        suggestions.told(ended(trial, 0.9 if asked[-1] else 0.1))
     assert len(asked) == 15 and sum(asked) >= 9  # at random 4.5
 
 
 @needs_optuna
-def test_optuna_hears_of_each_trial_once_and_waits_for_those_that_go_on():
+def test_optuna_counts_each_trial_once_with_its_last_dice_and_not_while_it_runs():
     plan = small.plan(search="optuna", num_trials=20)
     begun = drawn(Suggestions(plan, ()))[:6]
     known = [ended(begun[0], 0.5), ended(begun[1], 0.6), ended(begun[2], 0.7, status="stopped")]
     known += [ended(begun[3], 0.8, status="unfinished"), begun[4], ended(begun[5], status="failed"), repeat(6, 1, 43)]
     suggestions = Suggestions(plan, known)
-    states = lambda: [trial.state.name for trial in suggestions._tpe._study.trials]  # noqa: E731
+    states = lambda: [trial.state.name for trial in suggestions._tpe.study(0).trials]  # noqa: E731
     # The seed setting's rank is none of the choices, and a repeat is none of the search's.
     assert states() == ["COMPLETE", "COMPLETE", "RUNNING", "RUNNING", "FAIL"]
-    suggestions.ended(ended(begun[4], 0.9))
-    suggestions.ended(ended(begun[3], 0.8, 0.85))
+    suggestions.told(ended(begun[4], 0.9))
+    suggestions.told(ended(begun[3], 0.8, 0.85))
     assert states() == ["COMPLETE", "COMPLETE", "COMPLETE", "COMPLETE", "FAIL"]
-    assert [trial.value for trial in suggestions._tpe._study.trials] == [0.6, 0.7, 0.85, 0.9, None]
+    assert [trial.value for trial in suggestions._tpe.study(0).trials] == [0.6, 0.7, 0.85, 0.9, None]
     new = suggestions.next()
-    suggestions.ended(ended(new, 0.4))
+    assert states()[5:] == ["RUNNING"]
+    suggestions.told(ended(new, 0.4, status="unfinished"))  # it waits at a rung
     assert states()[5:] == ["COMPLETE"] and new.number == 7
+    suggestions.told(ended(new, 0.4, 0.95))
+    assert [trial.value for trial in suggestions._tpe.study(0).trials][5:] == [0.95]
 
 
 @needs_optuna

@@ -17,6 +17,7 @@ from tune import driver, keeping, nodes, results, suggest, sweep, trials
 from tune.driver import Queue
 from tune.options import SweepConfig
 from tune.progress import STOPPING, LiveTable
+from tune.rungs import Rungs
 from tune.space import Axis, Space
 from tune.trials import Trial
 
@@ -198,14 +199,46 @@ def test_trials_read_features_from_the_disk_they_share():
 # What Ray asks, and is told
 
 
-def test_the_queue_gives_what_waits_then_what_is_new_and_makes_the_folders(tmp_path):
+def test_the_queue_gives_what_has_begun_then_what_is_new_and_makes_the_folders(tmp_path):
     plan = small.plan(num_trials=3)
     known = [small.trial(0, [0.5]), small.trial(1, [0.4], "unfinished")]
-    queue = Queue(tmp_path, known[1:], suggest.Suggestions(plan, known), {"ranks": 1})
+    queue = Queue(tmp_path, known[1:], suggest.Suggestions(plan, known), {"ranks": 1}, None)
     assert queue.suggest("a") == {"ranks": 1, "number": 1} and queue.suggest("b") == {"ranks": 1, "number": 2}
     assert queue.suggest("c") == Queue.FINISHED
     assert [trial.number for trial in trials.read_all(tmp_path)] == [1, 2]
-    assert Queue(tmp_path, [], None, {}).suggest("d") == Queue.FINISHED
+    assert Queue(tmp_path, [], None, {}, None).suggest("d") == Queue.FINISHED
+
+
+def test_a_trial_that_waits_at_a_rung_comes_before_a_new_one_as_soon_as_it_may_go_on(tmp_path):
+    """Rungs at 1 and 3 of 9 epochs. What depends on trials that run is asked for again."""
+    plan, known = small.plan(num_trials=5), [small.trial(0, [0.1] * 9)]
+    known += [small.trial(number, [dice], "unfinished") for number, dice in ((1, 0.5), (2, 0.4))]
+    known += [small.trial(3, status="unfinished")]
+    for one in known:
+        small.put(tmp_path, one)
+    rungs = Rungs(small.sweep(num_trials=5), known)
+    queue = Queue(tmp_path, known[1:], suggest.Suggestions(plan, known), {}, rungs)
+    given = [queue.suggest(name) for name in "abcd"]
+    assert given == [{"number": 3}, {"number": 1}, {"number": 4}, None]  # begun; the best of three; new
+    assert rungs.report(3, 1, 0.45) is False
+    queue.on_trial_complete("a")
+    assert rungs.report(1, 3, 0.6) is False
+    queue.on_trial_complete("b")
+    assert queue.suggest("e") is None and rungs.waiting == {1}  # of five trials one goes on: 2 and 3 are out
+    queue.on_trial_complete("c", error=True)  # 4 has failed: nobody comes any more
+    assert queue.suggest("f") == {"number": 1}  # alone at its rung with the seed setting, and better
+    stopped = [trial.number for trial in trials.read_all(tmp_path) if trial.status == "stopped"]
+    assert stopped == [2, 3] and queue.suggest("g") is None
+    queue.on_trial_complete("f")
+    assert queue.suggest("h") == Queue.FINISHED
+
+
+def test_the_search_is_told_what_a_trial_that_waits_has_come_to(tmp_path):
+    known = [small.trial(1, [0.5], "unfinished"), small.trial(2, status="unfinished")]
+    heard = []
+    suggestions = SimpleNamespace(told=heard.append, next=lambda: None)
+    Queue(tmp_path, known, suggestions, {}, Rungs(small.sweep(num_trials=5), known))
+    assert heard == known[:1]
 
 
 def test_a_search_that_ends_between_two_trials_has_not_ended(tmp_path, monkeypatch):

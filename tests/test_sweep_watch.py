@@ -52,7 +52,7 @@ def test_a_process_that_died_without_a_word_is_noted_so(tmp_path, watch, crash):
 
 def test_when_a_trial_ends_the_search_hears_of_it_and_the_best_is_written(tmp_path, watch):
     heard = []
-    watch._suggestions = SimpleNamespace(ended=heard.append)
+    watch._suggestions = SimpleNamespace(told=heard.append)
     folder = trials.folder_of(tmp_path, 1)
     for row in small.rows([0.7]):
         trials.append_row(folder, row)
@@ -119,7 +119,7 @@ def test_results_are_those_of_the_end_once_nobody_runs(tmp_path, watch, updates)
 def test_a_trial_that_has_not_ended_changes_no_results(tmp_path, watch, updates):
     """Ray stops all at once when time is over, and after Ctrl-C."""
     heard = []
-    watch._suggestions = SimpleNamespace(ended=heard.append)
+    watch._suggestions = SimpleNamespace(told=heard.append)
     watch.on_trial_complete(0, [], small.of_ray(1))
     assert updates == [] and watch.reported is None and [trial.number for trial in heard] == [1]
 

@@ -1,4 +1,4 @@
-"""Ray's side of a sweep: runs of Tune over trials that wait, then over new ones.
+"""Ray's side of a sweep: runs of Tune over trials that an earlier session has begun, then over new ones.
 
 Takes a `Plan` and the sweep's folder; starts trials, tells whether all have ended. All that must survive a kill lies in
 the trials' folders (trials.py); Ray's own records are of one session and are not read again.
@@ -19,7 +19,8 @@ from ray.tune.search import Searcher
 from tune import trials
 from tune.options import Plan
 from tune.progress import LiveTable
-from tune.scheduler import NotedAsha
+from tune.rungs import Rungs
+from tune.scheduler import NotedAsha, note_stops
 from tune.suggest import Suggestions
 from tune.trial_run import run_trial
 from tune.trials import METRIC, Sweep, Trial
@@ -59,7 +60,7 @@ class Phase:
         Args:
             queue: trials that come first: unfinished ones, or repeats.
             suggestions: where the others come from; None: there are no others.
-            early_stop: whether ASHA ends some.
+            early_stop: whether ASHA lets some wait, and ends some.
 
         Returns:
             Whether all have ended.
@@ -71,7 +72,10 @@ class Phase:
         left_s = self.left_s
         if left_s <= 0:
             return False
-        scheduler = NotedAsha(self._folder, self._sweep, known) if early_stop else FIFOScheduler()
+        rungs, scheduler = None, FIFOScheduler()
+        if early_stop:
+            rungs = Rungs(self._sweep, known)
+            scheduler = NotedAsha(self._folder, rungs, self._sweep.num_epochs)
         ranks = self._plan.sweep.ranks(self._needs["GPU"])
         of_rank = {"CPU": max(1, self._needs["CPU"] // ranks), "GPU": self._needs["GPU"] / ranks}
         place = {"sweep": str(self._folder), "ranks": ranks, "needs": of_rank}
@@ -83,9 +87,9 @@ class Phase:
         tuner = tune.Tuner(
             tune.with_resources(run_trial, tune.PlacementGroupFactory([bundle])),
             tune_config=tune.TuneConfig(
-                search_alg=Queue(self._folder, queue, suggestions, place),
+                search_alg=Queue(self._folder, queue, suggestions, place, rungs),
                 scheduler=scheduler,
-                num_samples=samples,
+                num_samples=-1 if rungs else samples,  # a trial that has waited is a new one of Ray's
                 max_concurrent_trials=self._concurrent,
                 time_budget_s=left_s if math.isfinite(left_s) else None,
                 reuse_actors=ranks == 1,  # whose process forks the next trial's
@@ -112,31 +116,49 @@ class Phase:
 
 
 class Queue(Searcher):
-    """Hands trials to Ray, one whenever there is room: those of the queue, then new ones.
+    """Hands trials to Ray, one whenever there is room: those of the queue, those that may go on, then new ones.
 
     Args:
         folder: the sweep's; a new trial gets its folder there.
-        queue: trials that come first.
+        queue: trials that come first, unless they wait at a rung.
         suggestions: new ones, or None.
         place: what `run_trial` needs besides the number.
+        rungs: where trials wait; None: none does.
     """
 
     def __init__(
-        self, folder: Path, queue: Sequence[Trial], suggestions: Suggestions | None, place: dict[str, Any]
+        self,
+        folder: Path,
+        queue: Sequence[Trial],
+        suggestions: Suggestions | None,
+        place: dict[str, Any],
+        rungs: Rungs | None,
     ) -> None:
         super().__init__(metric=METRIC, mode="max")
-        self._folder, self._queue, self._suggestions, self._place = folder, list(queue), suggestions, place
+        self._folder, self._suggestions, self._place, self._rungs = folder, suggestions, place, rungs
+        waiting = rungs.waiting if rungs else frozenset()
+        self._queue = [trial for trial in queue if trial.number not in waiting]
+        for trial in queue:
+            if trial.number in waiting and suggestions:
+                suggestions.told(trial)
+        self._numbers: dict[str, int] = {}
+        """Ray's name of a trial that runs -> its number."""
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The next trial's place."""
-        trial = self._queue.pop(0) if self._queue else self._suggestions and self._suggestions.next()
-        if trial is None:
-            return Searcher.FINISHED
-        trials.create(self._folder, trial)
-        return self._place | {"number": trial.number}
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial's place; None while it depends on those that run whether there is one."""
+        number = self._next()
+        if number is None:
+            return None if self._rungs and self._numbers else Searcher.FINISHED
+        self._numbers[trial_id] = number
+        if self._rungs:
+            self._rungs.begin(number)
+        return self._place | {"number": number}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        """Nothing: `Watch` reads the trial's folder."""
+        """One has ended, or waits at a rung; what it has come to `Watch` reads in its folder."""
+        number = self._numbers.pop(trial_id, None)
+        if self._rungs and number is not None:
+            self._rungs.end(number)
 
     def save(self, checkpoint_path: str) -> None:
         """An empty file: the trials' folders are the memory."""
@@ -144,3 +166,14 @@ class Queue(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore."""
+
+    def _next(self) -> int | None:
+        if self._rungs:
+            note_stops(self._folder, self._rungs)
+        if not self._queue and self._rungs and (number := self._rungs.next()) is not None:
+            return number
+        trial = self._queue.pop(0) if self._queue else self._suggestions and self._suggestions.next()
+        if trial is None:
+            return None
+        trials.create(self._folder, trial)
+        return trial.number

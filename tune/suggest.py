@@ -32,12 +32,9 @@ class Suggestions:
         self._number = 1 + max((trial.number for trial in known), default=-1)
         self._index, self._total = _searched(known), new_trials(plan, known)
         self._grid = _untried(plan, known) if plan.sweep.search == "grid" else None
-        self._tpe = _Tpe(plan.space, plan.seed_setting.seed, self._index) if plan.sweep.search == "optuna" else None
+        self._tpe = _Tpe(plan.space, plan.seed_setting.seed) if plan.sweep.search == "optuna" else None
         for trial in known:
-            if trial.status == "unfinished":
-                self._begun(trial)
-            else:
-                self.ended(trial)
+            self._hear(trial, runs=trial.status == "unfinished")
 
     @property
     def left(self) -> int:
@@ -52,17 +49,16 @@ class Suggestions:
         found = self._given[index] if index < given else self._found(index)
         found = dataclasses.replace(found, number=self._number)
         self._index, self._number = index + 1, self._number + 1
+        self._hear(found, runs=True)
         return found
 
-    def ended(self, trial: Trial) -> None:
-        """Tells the search what a trial has come to."""
-        if self._tpe is not None and not trial.is_repeat and self._space.holds(trial.params):
-            self._tpe.tell(trial)
+    def told(self, trial: Trial) -> None:
+        """Tells the search what a trial has come to, at its end or at a rung where it waits."""
+        self._hear(trial, runs=False)
 
-    def _begun(self, trial: Trial) -> None:
-        """An earlier session's trial that is still to end."""
+    def _hear(self, trial: Trial, runs: bool) -> None:
         if self._tpe is not None and not trial.is_repeat and self._space.holds(trial.params):
-            self._tpe.expect(trial)
+            self._tpe.hear(trial, runs)
 
     def _found(self, index: int) -> Trial:
         search = self._plan.sweep.search
@@ -165,44 +161,42 @@ def _given(plan: Plan) -> list[Trial]:
 
 
 class _Tpe:
-    """Optuna's tree-structured Parzen estimator; parameters that were tried together are modelled together."""
+    """Optuna's tree-structured Parzen estimator; parameters that were tried together are modelled together.
 
-    def __init__(self, space: Space, seed: int, first: int):
+    Each point is asked of a study made anew, in which a trial that has waited counts with its last Dice, and drawn with
+    a seed of its own: it depends on what is known, not on the session.
+    """
+
+    def __init__(self, space: Space, seed: int):
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # Other trials are still running: constant_liar keeps it from asking for the same point twice.
-            options = {"multivariate": True, "group": True, "constant_liar": True, "n_startup_trials": FEWEST_RANDOM}
-            sampler = optuna.samplers.TPESampler(seed=seed + first, **options)  # resumed: not the first points again
-        self._optuna = optuna
-        self._running: dict[int, int] = {}
-        """Number of a trial -> its number in the study."""
-        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+        self._optuna, self._seed = optuna, seed
+        self._heard: dict[int, tuple[Trial, bool]] = {}
+        """Number of a trial -> the trial, and whether it runs."""
         self._distributions = {axis.name: self._distribution(axis) for axis in space.axes}
 
+    def hear(self, trial: Trial, runs: bool) -> None:
+        self._heard[trial.number] = trial, runs
+
     def ask(self, number: int) -> dict[str, Any]:
-        asked = self._study.ask(self._distributions)
-        self._running[number] = asked.number
-        return dict(asked.params)
+        return dict(self.study(self._seed + number).ask(self._distributions).params)
 
-    def expect(self, trial: Trial) -> None:
-        self._running[trial.number] = len(self._study.trials)
-        self._add(trial, self._optuna.trial.TrialState.RUNNING, None)
-
-    def tell(self, trial: Trial) -> None:
-        state = self._optuna.trial.TrialState
-        value, state = (trial.dice_so_far, state.COMPLETE) if trial.rows else (None, state.FAIL)
-        if trial.number in self._running:
-            self._study.tell(self._running.pop(trial.number), value, state=state)
-        else:
-            self._add(trial, state, value)
-
-    def _add(self, trial: Trial, state: Any, value: float | None) -> None:
-        params = {axis: trial.params[axis] for axis in self._distributions}
-        told = {"params": params, "distributions": self._distributions}
-        self._study.add_trial(self._optuna.trial.create_trial(state=state, value=value, **told))
+    def study(self, seed: int) -> Any:
+        """All that is known, for a sampler of this seed."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
+            # Other trials are still running: constant_liar keeps it from asking for the same point twice.
+            options = {"multivariate": True, "group": True, "constant_liar": True, "n_startup_trials": FEWEST_RANDOM}
+            sampler = self._optuna.samplers.TPESampler(seed=seed, **options)
+        study, states = self._optuna.create_study(direction="maximize", sampler=sampler), self._optuna.trial.TrialState
+        for trial, runs in self._heard.values():
+            state = states.RUNNING if runs else states.COMPLETE if trial.rows else states.FAIL
+            value = trial.dice_so_far if state == states.COMPLETE else None
+            params = {axis: trial.params[axis] for axis in self._distributions}
+            told = {"params": params, "distributions": self._distributions}
+            study.add_trial(self._optuna.trial.create_trial(state=state, value=value, **told))
+        return study
 
     def _distribution(self, axis: Axis) -> Any:
         distributions = self._optuna.distributions

@@ -29,7 +29,7 @@ class Watch(Callback):
     Args:
         folder: the sweep's.
         shown: the live table.
-        suggestions: is told of every end; None: nobody.
+        suggestions: is told of every end, and of each wait at a rung; None: nobody.
     """
 
     def __init__(self, folder: Path, shown: LiveTable, suggestions: Suggestions | None):
@@ -87,8 +87,8 @@ class Watch(Callback):
         found, number = trials_of(self._folder), trial.config["number"]
         this = next(one for one in found if one.number == number)
         if self._suggestions is not None:
-            self._suggestions.ended(this)
-        if this.status != "unfinished":  # one that Ray has stopped goes on later: the sweep ends, and reports then
+            self._suggestions.told(this)
+        if this.status != "unfinished":  # one that waits at a rung, or goes on in a later session, changes no result
             self._update(found, number)
         shutil.rmtree(trials_folder(self._folder, trial) / "ray", ignore_errors=True)
         self._show(force=True)

@@ -1,0 +1,137 @@
+"""ASHA's rungs: who has come how far, who waits there, who may go on.
+
+Takes epochs and Dice as trials report them, or as their folders tell them; says which trial goes on next and which
+never will. The algorithm is the asynchronous successive halving of Li et al., "A System for Massively Parallel
+Hyperparameter Tuning" (MLSys 2020), algorithm 2: at epochs grace, grace x reduction, ... a trial waits until it is among
+the best 1/reduction of all that came there. Knows nothing of Ray and writes nothing.
+"""
+
+import math
+from collections.abc import Iterable
+
+from tune import tally
+from tune.trials import SEED_NUMBER, Sweep, Trial
+
+
+class Rungs:
+    """Where the trials of a sweep stand; repeats with other seeds are none of them.
+
+    The seed setting never waits: all others are held against its whole course. Where fewer than `reduction` trials come
+    to a rung, the best of them goes on: a sweep ends with a whole trial besides the seed setting's.
+
+    Args:
+        sweep: its grace, reduction, epochs, and number of trials.
+        known: trials that an earlier session has begun. One that stands exactly at a rung waits there, also if that
+            session had just let it go on.
+    """
+
+    def __init__(self, sweep: Sweep, known: Iterable[Trial]) -> None:
+        self._epochs, self._reduction, self._total = tally.rungs(sweep), sweep.reduction, sweep.num_trials
+        self._dice: list[dict[int, float]] = [{} for _ in self._epochs]
+        """Of each rung: number of a trial -> its best Dice when it came there."""
+        self._waiting: dict[int, int] = {}
+        """Number of a trial -> the rung where it waits."""
+        self._heading: dict[int, int] = {}
+        """Number of a trial that runs, or is to run again -> the next rung it comes to."""
+        self._begun = 0
+        for trial in known:
+            if not trial.is_repeat:
+                self._restore(trial)
+
+    @property
+    def waiting(self) -> frozenset[int]:
+        """Numbers of the trials that wait at a rung."""
+        return frozenset(self._waiting)
+
+    @property
+    def running(self) -> frozenset[int]:
+        """Numbers of those that run, or are to run again."""
+        return frozenset(self._heading)
+
+    def begin(self, number: int) -> None:
+        """A new trial runs, or one that has waited goes on."""
+        if number in self._heading:
+            return
+        rung = self._waiting.pop(number, None)
+        self._begun += rung is None
+        self._heading[number] = 0 if rung is None else rung + 1
+
+    def report(self, number: int, epoch: int, dice: float) -> bool:
+        """Takes the best Dice up to an epoch; returns whether the trial goes on at once."""
+        rung = self._heading[number]
+        if rung == len(self._epochs) or epoch < self._epochs[rung]:
+            return True
+        self._dice[rung][number] = dice if math.isfinite(dice) else -math.inf
+        self._heading[number] = rung + 1
+        if number == SEED_NUMBER:
+            return True
+        del self._heading[number]
+        self._waiting[number] = rung
+        if self._may_go_on(number):
+            self.begin(number)
+            return True
+        return False
+
+    def end(self, number: int) -> None:
+        """A trial has ended by itself, well or not."""
+        self._heading.pop(number, None)
+
+    def next(self) -> int | None:
+        """The trial that goes on next: of the highest rung, and there the best; None where none may yet."""
+        order = sorted(self._waiting, key=lambda number: (-self._waiting[number], self._rank(number)))
+        return next((number for number in order if self._may_go_on(number)), None)
+
+    def take_out(self) -> dict[int, str]:
+        """Numbers of those that will not go on whatever the others come to, each with the reason; they wait no more."""
+        limits = self._limits()
+        out = [number for number, rung in self._waiting.items() if self._rank(number) > limits[rung]]
+        return {number: self._reason(number, self._waiting.pop(number)) for number in out}
+
+    def _restore(self, trial: Trial) -> None:
+        self.begin(trial.number)
+        waits = False
+        for row in trial.rows:
+            rung = self._heading[trial.number]
+            waits = rung < len(self._epochs) and row["epoch"] >= self._epochs[rung]
+            if waits:
+                dice = row["dice_so_far"]
+                self._dice[rung][trial.number] = dice if math.isfinite(dice) else -math.inf
+                self._heading[trial.number] = rung + 1
+        if trial.status != "unfinished":
+            self.end(trial.number)
+        elif waits and trial.number != SEED_NUMBER:
+            self._waiting[trial.number] = self._heading.pop(trial.number) - 1
+
+    def _may_go_on(self, number: int) -> bool:
+        rung = self._waiting[number]
+        places = len(self._dice[rung]) // self._reduction
+        if places == 0 and self._to_come()[rung] == 0:
+            places = 1
+        return self._rank(number) <= places
+
+    def _rank(self, number: int) -> int:
+        """Among all that came to the rung where it waits, 1 for the best; of equals the earlier trial is better."""
+        told = self._dice[self._waiting[number]]
+        own = (-told[number], number)
+        return 1 + sum((-dice, other) < own for other, dice in told.items())
+
+    def _limits(self) -> list[int]:
+        """Of each rung the lowest rank that may ever go on."""
+        return [
+            max(1, (len(told) + most) // self._reduction)
+            for told, most in zip(self._dice, self._to_come(), strict=True)
+        ]
+
+    def _to_come(self) -> list[int]:
+        """Of each rung how many trials may yet come there, at the most."""
+        found, most = [], self._total - self._begun  # new ones
+        for rung, told in enumerate(self._dice):
+            most = max(0, most) + sum(heading == rung for heading in self._heading.values())
+            found.append(most)
+            limit = max(1, (len(told) + most) // self._reduction)
+            most += sum(at == rung and self._rank(number) <= limit for number, at in self._waiting.items())
+        return found
+
+    def _reason(self, number: int, rung: int) -> str:
+        dice = self._dice[rung][number]
+        return f"at epoch {self._epochs[rung]} not among the best 1/{self._reduction} with Dice {dice:.4f}"

@@ -154,7 +154,11 @@ def test_too_little_room_is_told_before_the_first_trial(tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         keeping.check_disk(tmp_path, 2 * GIB, concurrent=3)
     assert "11.00 GiB free, but checkpoints of 2.00 GiB of 3 trials at a time need 15.20 GiB" in str(caught.value)
-    assert "--max_concurrent" in str(caught.value)
+    assert "--max_concurrent or set another --storage_path" in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        keeping.check_disk(tmp_path, 2 * GIB, concurrent=2, waiting=1)
+    told = "of 2 trials at a time, and of up to 1 that wait at ASHA's rungs, need 13.20 GiB"
+    assert told in str(caught.value) and "--max_concurrent or --num_trials or set" in str(caught.value)
 
 
 def test_the_highest_rank_is_that_of_space_seed_setting_and_points():

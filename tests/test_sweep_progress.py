@@ -37,8 +37,9 @@ def test_the_running_ones_come_first_then_the_best():
     assert [line.split()[0] for line in lines[1:]] == ["2", "1", "0", "3"]
     assert lines[1].split() == ["2", "running", "1", "0.4000", "0.000123", "8", "q_proj,v_proj", "true"]
     assert lines[3].split()[:8] == ["0", "(seed", "setting)", "finished", "2", "0.6000", "0.0001", "-"]
-    assert lines[4].split()[1:4] == ["unfinished", "0", "-"]
+    assert lines[4].split()[1:4] == ["waiting", "0", "-"]
     assert len(set(map(len, lines))) == 1
+    assert [line.split()[1] for line in table(FOUND, None).splitlines()[3:]] == ["unfinished", "unfinished"]
 
 
 def test_a_repeat_says_of_what_and_the_rest_is_counted():
@@ -63,20 +64,22 @@ def test_elsewhere_than_on_a_terminal_a_line_tells_what_has_changed(clock):
     shown.show([FOUND[0], stopped], [])
     assert stream.getvalue().splitlines()[1:] == [
         "trial 1 stopped (not among the best) | 2 of 4 trials ended, 0 running | best Dice 0.7000 of trial 1 | "
-        "0:01:00, ETA 0:03:00"
+        "0:01:00, ETA 0:17:00"
     ]
 
 
 def test_the_time_left_is_by_epochs_of_this_session(clock):
-    shown = LiveTable(small.sweep(), 6, io.StringIO())
+    sweep = small.sweep(num_trials=6)  # 6 trials to epoch 1; the 2 best, and the seed setting, to 3; 1 and it to 9
+    shown = LiveTable(sweep, 6, io.StringIO())
     before = [small.trial(0, [0.5] * 9)]
     shown.show(before, [])
     assert shown.summary(before, []).endswith("ETA ?")
     clock["s"] += 100
-    # 4 epochs in 100 s; ended trials took 9 and 3, 6 on average; trial 2 has 5 to go, three more have 6 each: 23.
-    found = [*before, small.trial(1, [0.4] * 3, "stopped"), small.trial(2, [0.4], "unfinished")]
-    assert shown.summary(found, [2]) == (
-        "2 of 6 trials ended, 1 running | best Dice 0.5000 of trial 0 | 0:01:40, ETA 0:09:35"
+    # 5 epochs in 100 s. Planned are 6 * 1 + 3 * 2 + 2 * 6 = 24, of which 14 are trained.
+    found = [*before, small.trial(1, [0.4], "stopped"), small.trial(2, [0.4] * 3, "unfinished")]
+    found += [small.trial(3, [0.3], "unfinished")]
+    assert shown.summary(found, [3]) == (
+        "2 of 6 trials ended, 1 running, 1 waiting | best Dice 0.5000 of trial 0 | 0:01:40, ETA 0:03:20"
     )
 
 

@@ -131,6 +131,36 @@ def test_of_a_single_validation_the_whole_time_counts():
     assert tally.costs(sweep_of(), [stopped])[1] == tally.Cost(50.0, 8 * 25.0)
 
 
+def test_of_a_trial_that_has_waited_starting_again_does_not_count_either():
+    """10 s to start, 20 s an epoch, and after epoch 2 another 10 s."""
+    rows = [{**row, "device_s": row["device_s"] + 10.0 * (row["epoch"] > 2)} for row in trial(1, [0.4] * 4).rows]
+    stopped = dataclasses.replace(trial(1, [0.4] * 4, "stopped"), rows=tuple(rows))
+    assert tally.costs(sweep_of(gpus_per_trial=1), [stopped])[1] == tally.Cost(100.0, 120.0)
+
+
+def test_the_most_that_wait_are_the_best_third_of_each_rung():
+    assert tally.most_waiting(sweep_of(grace_epochs=1, reduction=3, num_trials=27)) == 9 + 3 + 1
+    assert tally.most_waiting(sweep_of(grace_epochs=1, reduction=3, num_trials=2)) == 2
+    assert tally.most_waiting(sweep_of(early_stop=False, num_trials=27)) == 0
+
+
+def test_epochs_that_are_left_are_those_that_asha_plans_and_all_of_the_repeats():
+    """Ten epochs, rungs at 1, 3 and 9; of 27 trials 9, 3 and 1 go on, and the seed setting."""
+    sweep = sweep_of(grace_epochs=1, reduction=3, num_trials=27)
+    planned = 27 * 1 + 10 * 2 + 4 * 6 + 2 * 1
+    assert tally.epochs_left(sweep, [], 27) == planned
+    begun = [trial(0, [0.5] * 4, "unfinished"), trial(1, [0.5], "stopped"), trial(2, [0.5], "unfinished")]
+    assert tally.epochs_left(sweep, begun, 27) == planned - 6
+    one = dataclasses.replace(sweep, num_trials=3)
+    late = [trial(0, [0.5] * 9, "unfinished"), trial(1, [0.5] * 9, "unfinished"), trial(2, [0.5] * 8, "unfinished")]
+    assert tally.epochs_left(one, late, 3) == 1 + 1 + 1  # more came far than planned
+    ended = [trial(0, [0.5] * 10), trial(1, [0.5], "stopped"), trial(2, [0.5], "stopped")]
+    assert tally.epochs_left(one, ended, 3) == 0
+    assert tally.epochs_left(one, [*ended, repeat(3, 0, 43, 0.5, "unfinished")], 5) == 9 + 10
+    whole = dataclasses.replace(one, early_stop=False)
+    assert tally.epochs_left(whole, [*late[:2], FAILED], 4) == 1 + 1 + 10
+
+
 def test_hours_cpus_and_no_stopping_are_told_as_such():
     long = trial(0, [0.5] * 10, rows={"epoch_s": 719.0})
     assert tally.saved(sweep_of(), [long]) == "2.00 GPU-hours used; early stopping has spared nothing yet"

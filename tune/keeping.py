@@ -21,6 +21,7 @@ BEST_FILE, BEST, BEST_ADAPTER = "best.yaml", "best_checkpoint", "checkpoint_best
 BEST_FILES = ("config.json", "training_log.json")  # of the best trial's run: what its checkpoint is used with
 LOCK = "sweep.lock"
 LIVE_SHARE = 2.2  # a live trial's checkpoint while it is replaced, and its best adapter (a sixth of a checkpoint)
+WAITING_SHARE = 1.2  # of one that waits: nothing is being replaced
 
 
 def lock(folder: Path) -> int:
@@ -80,23 +81,26 @@ def write_best(folder: Path, sweep: Sweep, found: Sequence[Trial], live: Sequenc
     trials.write_whole(folder / BEST_FILE, (text + to_yaml(override(base, settings))).encode())
 
 
-def check_disk(folder: Path, one_bytes: int, concurrent: int) -> None:
+def check_disk(folder: Path, one_bytes: int, concurrent: int, waiting: int = 0) -> None:
     """Refuses to start where the checkpoints will not fit.
 
     Args:
         folder: the sweep's.
         one_bytes: of one checkpoint at the highest rank.
         concurrent: trials that run at a time. Those that an earlier session has left have theirs on the disk already.
+        waiting: trials that may wait at rungs meanwhile and have no checkpoint yet.
 
     Raises:
         UserError: too little room; says how much is needed for what.
     """
-    needed, free = int(one_bytes * (LIVE_SHARE * concurrent + 1)), shutil.disk_usage(folder).free
+    needed = int(one_bytes * (LIVE_SHARE * concurrent + WAITING_SHARE * waiting + 1))
+    free = shutil.disk_usage(folder).free
     if needed > free:
+        of_waiting = f", and of up to {waiting} that wait at ASHA's rungs," if waiting else ""
         raise UserError(
             f"{folder}: {free / 2**30:.2f} GiB free, but checkpoints of {one_bytes / 2**30:.2f} GiB of {concurrent} "
-            f"trials at a time need {needed / 2**30:.2f} GiB; free some space, lower --max_concurrent or set another "
-            "--storage_path"
+            f"trials at a time{of_waiting} need {needed / 2**30:.2f} GiB; free some space, lower --max_concurrent "
+            f"{'or --num_trials ' if waiting else ''}or set another --storage_path"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from sft.report import format_duration
 from sft.settings import as_text
+from tune import tally
 from tune.trials import SEED_SETTING, Sweep, Trial, best_of
 
 STOPPING = "stopping: the trials end, the table follows; press Ctrl-C again to leave without it"
@@ -21,19 +22,22 @@ SHORT = {"learning_rate": "lr", "lora_rank": "rank", "lora_alpha": "alpha", "lor
 SHORT |= {"dice_weight": "w_dice", "focal_weight": "w_focal", "bce_weight": "w_bce", "focal_gamma": "gamma"}
 
 
-def table(found: Sequence[Trial], running: Iterable[int], most: int | None = None) -> str:
+def table(found: Sequence[Trial], running: Iterable[int] | None, most: int | None = None) -> str:
     """Trials as text: the running ones first, then by Dice.
 
     Args:
         found: all trials.
-        running: numbers of those that run now.
+        running: numbers of those that run now, while the others wait; None: the sweep does not go on.
         most: rows at the most; None: all.
     """
-    running = set(running)
+    waiting, running = "unfinished" if running is None else "waiting", set(running or ())
     order = sorted(found, key=lambda trial: (trial.number not in running, -(trial.dice_so_far or 0.0), trial.number))
     shown, axes = order[:most], list(dict.fromkeys(name for trial in found for name in trial.params))
     head = ["trial", "status", "epoch", "Dice", *(SHORT.get(name, name) for name in axes)]
-    lines = [head, *(_cells(trial, axes, trial.number in running) for trial in shown)]
+    lines = [head]
+    for trial in shown:
+        state = "running" if trial.number in running else waiting
+        lines.append(_cells(trial, axes, state if trial.status == "unfinished" else trial.status))
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     return "\n".join(text + [f"... and {len(order) - len(shown)} more"] * (len(order) > len(shown)))
@@ -86,21 +90,20 @@ class LiveTable:
 
     def summary(self, found: Sequence[Trial], running: Sequence[int]) -> str:
         """How many trials, the best, and the time left."""
-        ended = [trial for trial in found if trial.status != "unfinished"]
-        best, runs = best_of(found), set(running) - {trial.number for trial in ended}  # the last moments are none
-        text = f"{len(ended)} of {self._total} trials ended, {len(runs)} running"
+        begun = [trial for trial in found if trial.status == "unfinished"]
+        best, runs = best_of(found), [trial for trial in begun if trial.number in running]
+        text = f"{len(found) - len(begun)} of {self._total} trials ended, {len(runs)} running"
+        text += f", {len(begun) - len(runs)} waiting" * (len(begun) > len(runs))
         if best:
             text += f" | best Dice {best.dice_so_far:.4f} of trial {best.number}"
-        return f"{text} | {format_duration(time.monotonic() - self._started_s)}, ETA {self._eta(found, ended)}"
+        return f"{text} | {format_duration(time.monotonic() - self._started_s)}, ETA {self._eta(found)}"
 
-    def _eta(self, found: Sequence[Trial], ended: Sequence[Trial]) -> str:
-        """By epochs: those that ended trials took on average, for all that are still to come."""
+    def _eta(self, found: Sequence[Trial]) -> str:
+        """By epochs, at the pace of this session."""
         done = sum(trial.epoch for trial in found) - (self._epochs_before or 0)
-        if not ended or done <= 0:
+        if done <= 0:
             return "?"
-        mean = sum(trial.epoch for trial in ended) / len(ended)
-        begun = [trial for trial in found if trial.status == "unfinished"]
-        left = sum(max(0.0, mean - trial.epoch) for trial in begun) + mean * (self._total - len(found))
+        left = tally.epochs_left(self._sweep, found, self._total)
         return format_duration((time.monotonic() - self._started_s) / done * left)
 
     def _tell_changes(self, found: Sequence[Trial], running: Sequence[int]) -> None:
@@ -130,10 +133,9 @@ def _state(trial: Trial) -> tuple[int, str]:
     return trial.epoch, trial.status
 
 
-def _cells(trial: Trial, axes: Sequence[str], runs: bool) -> list[str]:
+def _cells(trial: Trial, axes: Sequence[str], status: str) -> list[str]:
     told = f" ({trial.origin})" if trial.origin == SEED_SETTING or trial.is_repeat else ""
     name = f"{trial.number}{told}"
-    status = "running" if runs and trial.status == "unfinished" else trial.status
     dice = "-" if trial.dice_so_far is None else f"{trial.dice_so_far:.4f}"
     values = [_short(trial.params[axis]) if axis in trial.params else "-" for axis in axes]
     return [name, status, str(trial.epoch), dice, *values]

@@ -22,7 +22,7 @@ from sft import __version__, devices
 from sft.config import TrainConfig, override
 from sft.ranks import rank_environ
 from sft.settings import UserError
-from tune import keeping, results, suggest, trials
+from tune import keeping, results, suggest, tally, trials
 from tune import space as spaces
 from tune.options import Plan
 from tune.progress import STOPPING, table
@@ -205,7 +205,8 @@ def prepare(plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], con
     trials.write_sweep(folder, sweep)
     if not (folder / trials.SPLIT_FILE).exists():
         trials.write_json(folder / trials.SPLIT_FILE, found[0].split)
-    keeping.check_disk(folder, found[0].checkpoint_bytes, concurrent)
+    on_disk = sum(trial.status == "unfinished" for trial in trials.read_all(folder))
+    keeping.check_disk(folder, found[0].checkpoint_bytes, concurrent, max(0, tally.most_waiting(sweep) - on_disk))
     return plan, sweep
 
 
@@ -237,7 +238,7 @@ def conclude(
     found = trials.read_all(folder)
     if found != reported:
         results.update(folder, sweep, found, [])
-    print(f"\n{table(found, ())}\n\n{results.verdict(sweep, found)}")
+    print(f"\n{table(found, None)}\n\n{results.verdict(sweep, found)}")
     names = (keeping.BEST_FILE, keeping.BEST, results.CSV_FILE, results.HTML_FILE)
     for path in (folder / name for name in names):
         if path.exists():

@@ -4,6 +4,7 @@ Takes the records of trials.py, gives figures and the sentences that tell them. 
 Draws nothing, writes nothing, imports nothing heavy.
 """
 
+import itertools
 import re
 import statistics
 from collections import Counter
@@ -52,6 +53,42 @@ def rungs(sweep: Sweep) -> list[int]:
         found.append(epoch)
         epoch *= max(sweep.reduction, 2)
     return found
+
+
+def epochs_left(sweep: Sweep, trials: Sequence[Trial], total: int) -> int:
+    """Epochs that are still to be trained: of the search's trials as many as ASHA plans, of repeats all.
+
+    Args:
+        sweep: its record.
+        trials: those that have begun.
+        total: of the search or, once that has ended, with the repeats.
+    """
+    own = [trial for trial in trials if not trial.is_repeat]
+    if sweep.early_stop and (len(own) < sweep.num_trials or any(trial.status == "unfinished" for trial in own)):
+        ends = [*rungs(sweep), sweep.num_epochs]
+        at_least = sum(min(end for end in ends if end > trial.epoch) - trial.epoch for trial in _going_on(sweep, own))
+        return max(_planned_epochs(sweep, ends) - sum(trial.epoch for trial in own), at_least)
+    to_come = (total - len(trials)) * sweep.num_epochs
+    return to_come + sum(sweep.num_epochs - trial.epoch for trial in _going_on(sweep, trials))
+
+
+def _going_on(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
+    return [trial for trial in trials if trial.status == "unfinished" and trial.epoch < sweep.num_epochs]
+
+
+def _planned_epochs(sweep: Sweep, ends: Sequence[int]) -> int:
+    """The best of each rung go on, and beside them the seed setting."""
+    count, before, found = sweep.num_trials, 0, 0
+    for end in ends:
+        found += min(count + (before > 0), sweep.num_trials) * (end - before)
+        count, before = max(1, count // sweep.reduction), end
+    return found
+
+
+def most_waiting(sweep: Sweep) -> int:
+    """Trials that may wait at ASHA's rungs at one time, at the most: at each the best that may go on."""
+    counts = [sweep.num_trials // sweep.reduction ** (number + 1) for number in range(len(rungs(sweep)))]
+    return min(sweep.num_trials, sum(max(1, count) for count in counts))
 
 
 def counted(trials: Sequence[Trial]) -> str:
@@ -176,11 +213,14 @@ def costs(sweep: Sweep, trials: Sequence[Trial]) -> dict[int, Cost]:
 def _spared_s(sweep: Sweep, trial: Trial) -> float:
     if trial.status != "stopped" or not trial.rows:
         return 0.0
-    first, last = trial.rows[0], trial.rows[-1]
-    # Between two validations no start-up is counted, which a longer trial would not have paid again.
-    since = first if last["epoch"] > first["epoch"] else {"epoch": 0, "device_s": 0.0}
-    epoch_s = (last["device_s"] - since["device_s"]) / max(last["epoch"] - since["epoch"], 1)
-    return max(finite(epoch_s) or 0.0, 0.0) * max(sweep.num_epochs - last["epoch"], 0)
+    # Between two validations no start-up is counted, which a longer trial would not have paid again: the median leaves
+    # out the one after a wait.
+    rows = trial.rows if len(trial.rows) > 1 else ({"epoch": 0, "device_s": 0.0}, *trial.rows)
+    epochs_s = [
+        (after["device_s"] - before["device_s"]) / max(after["epoch"] - before["epoch"], 1)
+        for before, after in itertools.pairwise(rows)
+    ]
+    return max(finite(statistics.median(epochs_s)) or 0.0, 0.0) * max(sweep.num_epochs - trial.epoch, 0)
 
 
 def unit_of(sweep: Sweep, longest_s: float) -> Unit:

@@ -2,8 +2,8 @@
 
 Takes epochs and Dice as trials report them, or as their folders tell them; says which trial goes on next and which
 never will. The algorithm is the asynchronous successive halving of Li et al., "A System for Massively Parallel
-Hyperparameter Tuning" (MLSys 2020), algorithm 2: at epochs grace, grace x reduction, ... a trial waits until it is among
-the best 1/reduction of all that came there. Knows nothing of Ray and writes nothing.
+Hyperparameter Tuning" (MLSys 2020), algorithm 2: at epochs grace, grace x reduction, ... a trial waits until it is
+among the best 1/reduction of all that came there. Knows nothing of Ray and writes nothing.
 """
 
 import math

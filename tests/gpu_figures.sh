@@ -2,6 +2,7 @@
 # Takes the figures that only a GPU can give: one row of a table each, written as soon as it is known.
 # Usage: bash tests/gpu_figures.sh OUT [PART[:CHOICE[,CHOICE...]] ...]      without a part: all of them, in turn
 #   speed     steps of the 4b shape at batch 1, 8, 32, the plain loop, filling, start
+#   start     start to first step of a process that is not the machine's first: with nothing compiled yet, then again
 #   profile   the kernels of a step at batch 1 and 32, and the share of the time that none runs
 #   seed_job  976 training and 244 validation images, 15 epochs, batch 8, features included
 #   memory    most GPU memory of a run with batch 1, all layers recomputed, features on the disk
@@ -22,7 +23,7 @@ set -u
 usage='usage: bash tests/gpu_figures.sh OUT [PART[:CHOICE[,CHOICE...]] ...]'
 out=$(realpath -m "${1:?$usage}"); shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
-all=(speed profile seed_job memory shapes scaling loss sizes tests batches sweep)
+all=(speed start profile seed_job memory shapes scaling loss sizes tests batches sweep)
 for part in "$@"; do
   case " ${all[*]} " in *" ${part%%:*} "*) ;; *) echo "error: no part ${part%%:*}; there are: ${all[*]}" >&2; exit 2 ;; esac
   case $part in
@@ -84,6 +85,16 @@ images() { # NAME COUNT
 gpus() { nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU'; }
 
 speed() { benchmark speed 480 "$SHAPE" "${steps[@]}"; }
+start() {
+  local compiled=$work/compiled flags=(--batch_sizes 8 --images 64 --steps 10 --no_plain)
+  [ "$SHAPE" != tiny ] || flags=("${few[@]}" --batch_sizes 1 --no_plain)
+  rm -rf "$compiled"
+  export TORCHINDUCTOR_CACHE_DIR=$compiled/inductor TRITON_CACHE_DIR=$compiled/triton
+  benchmark start:nothing_compiled 240 "$SHAPE" "${flags[@]}"
+  benchmark start:compiled 180 "$SHAPE" "${flags[@]}"
+  unset TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR
+  rm -rf "$compiled"
+}
 profile() { benchmark profile 300 "$SHAPE" "${few[@]}" --batch_sizes "$ends" --profile 3 --no_plain; }
 seed_job() {
   images seed_images "$seed_images"

@@ -99,6 +99,13 @@ def of_step(found: dict, call: Call) -> Iterator[Figure]:
         yield Figure(words, row["factor"], "x samples/s", **limits)
 
 
+def of_start(found: dict, call: Call) -> Iterator[Figure]:
+    """Of launch/benchmark.py, the start alone: so few steps tell nothing else."""
+    for figure in of_step(found, call):
+        if ": start to" in figure.what:
+            yield figure
+
+
 def of_peak(found: dict, call: Call) -> Iterator[Figure]:
     """Of launch/benchmark.py, the memory of its steps alone."""
     for figure in of_step(found, call):
@@ -212,6 +219,7 @@ def of_rows(rows: list[dict], call: Call) -> Iterator[Figure]:
 
 READERS: dict[str, Callable[..., Iterator[Figure]]] = {
     "speed": of_step,
+    "start": of_start,
     "shapes": of_step,
     "scaling": of_step,
     "profile": of_profile,

@@ -89,7 +89,8 @@ def test_the_commands_of_the_4b_shape_are_understood(folder):
     parsed = [script("benchmark").parse(words) for words in benchmarks]
     shapes = [(arguments.shape, arguments.image_size, arguments.ranks, arguments.profile) for arguments, _ in parsed]
     square = (512, 512)
-    of_4b = [("4b", square, 1, 0), ("4b", square, 1, 3), ("4b", square, 1, 0)]
+    starts = [("4b", square, 1, 0)] * 2
+    of_4b = [("4b", square, 1, 0), *starts, ("4b", square, 1, 3), ("4b", square, 1, 0)]
     of_others = [("1b", square, 1, 0), ("8b", square, 1, 0), ("4b", (999, 960), 1, 0)]
     assert shapes == [*of_4b, *of_others, ("4b", square, 2, 0)]
     runs = [parse_args(command[1:]) for command in commands if command[0] == "launch/train.py"]
@@ -119,7 +120,7 @@ def test_what_does_not_fit_is_named_and_eight_files_come_back(folder):
     names = {path.name for path in folder.iterdir()}
     assert names == {"figures.md", "figures.json", "logs.tar.gz", "others.tar.gz"}
     unknown = run_script(folder, "losses")
-    assert unknown.returncode == 2 and "no part losses; there are: speed profile seed_job" in unknown.stderr
+    assert unknown.returncode == 2 and "no part losses; there are: speed start profile" in unknown.stderr
     assert "loss:1: only shapes, sizes and sweep have choices" in run_script(folder, "loss:1").stderr
 
 
@@ -210,3 +211,9 @@ def test_what_does_not_fit_into_a_cell_stands_below_the_table():
         "calls",
         "gemm|bf16",
     ]
+
+
+def test_of_a_short_call_only_the_start_is_a_figure():
+    found = STEPS | {"start_s": 45.0, "start_parts_s": {"imports": 12.0}}
+    (figure,) = measured("start", found).values()
+    assert (figure.value, figure.note) == (45.0, "batch 32; imports 12.0 s")

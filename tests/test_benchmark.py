@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from sft import run as runs
 from sft.benchmark import inputs as benchmark_inputs
 from sft.benchmark import plain, profiled
 from sft.benchmark.bare import BareEngine
-from sft.benchmark.clock import Times
+from sft.benchmark.clock import Times, timed
 from sft.benchmark.profiled import Span
 from sft.benchmark.table import picture, table, targets
 from sft.features import Item
@@ -131,6 +132,7 @@ def test_every_figure_is_measured_and_fits_into_json(config, monkeypatch, tmp_pa
         assert row["batch_size"] == batch_size and row["steps"] == 2
         assert row["ms_per_sample"] == pytest.approx(row["step_ms"] / batch_size)
         assert row["times_plain"] == pytest.approx(figures["plain"]["ms_per_sample"] / row["ms_per_sample"])
+        assert torch.cuda.is_available() or row["host_peak_gib"] > 0.1
         assert row["around_bare"]["steps"] == 2 * row["bare"]["steps"] == 4
         assert row["bare"]["step_ms"] > 0 and row["deepspeed_overhead"] > -1 and 0 <= row["data_share"] < 1
         assert row["mfu"] == pytest.approx(row["tflops"] / row["peak_tflops"]) and row["mfu"] > 0
@@ -168,6 +170,20 @@ def test_times_are_of_the_middle_step():
     assert row["samples_per_s"] == pytest.approx(20) and row["peak_gib"] == 1
     both = times + Times((0.2,), 2**31)
     assert len(both.steps_s) == 6 and both.peak_bytes == 2**31 and Times((0.3,), 0).spread_s == 0
+    on_cpu = Times((0.1,), 0, 2**30) + Times((0.1,), 0, 2**31)
+    assert on_cpu.record()["host_peak_gib"] == 2 and "peak_gib" not in on_cpu.record() and "host_peak_gib" not in row
+
+
+def test_on_a_cpu_the_most_memory_of_the_process_is_told():
+    """What a step touched stays in it after it was given back; the kernel's other figure is never lower."""
+    now = 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+    touched = timed(lambda: torch.ones(2**29, dtype=torch.uint8), CPU, 1, 0).host_peak_bytes
+    assert 0.9 * (now + 2**29) < touched <= 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert timed(lambda: None, CPU, 1, 0).record()["host_peak_gib"] == touched / 2**30
+    figures = small_figures()
+    figures["ours"][0]["host_peak_gib"] = 1.25
+    (line,) = (line for line in table(figures).splitlines() if "memory" in line)
+    assert line.startswith("ours, batch 8: most host memory") and "1.25  GiB, of the whole process so far" in line
 
 
 def test_the_table_is_aligned_and_names_targets_for_the_shape_they_are_of():

@@ -131,7 +131,9 @@ def _step_lines(name: str, row: dict, target: str = "") -> Iterator[Line]:
     yield f"{name}: step", f"{row['step_ms']:.2f}", _spread(row), ""
     yield f"{name}: rate", f"{row['samples_per_s']:.2f}", "samples/s", ""
     if "peak_gib" in row:
-        yield f"{name}: most memory", f"{row['peak_gib']:.2f}", "GiB", ""
+        yield f"{name}: most GPU memory", f"{row['peak_gib']:.2f}", "GiB", ""
+    if "host_peak_gib" in row:
+        yield f"{name}: most host memory", f"{row['host_peak_gib']:.2f}", "GiB, of the whole process so far", ""
 
 
 def _spread(row: dict) -> str:

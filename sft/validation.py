@@ -138,9 +138,14 @@ def _answers(
     model: Callable[..., Output], features: Features, plan: list[list[Item]]
 ) -> Iterator[tuple[int, Batch, list[int], Tensor, Tensor]]:
     """Each batch's number, the batch, rows of it whose masks have one size, their logits and truth at that size."""
+    # ZeRO-3 gathers parameters as the pass runs and keeps small ones: they would stay inference tensors, which no
+    # backward pass may save.
+    by_zero3 = isinstance(model, engine.Engine) and not model.vectors
+    alone = torch.no_grad if by_zero3 else torch.inference_mode
     with contextlib.closing(features.batches(plan)) as batches:
         for number, batch in enumerate(batches):
-            logits_Bhw = model(batch.prompt, batch.vision, batch.sam2).masks.logits_Bhw
+            with alone():
+                logits_Bhw = model(batch.prompt, batch.vision, batch.sam2).masks.logits_Bhw
             for rows in rows_by_size(batch):
                 truth_BHW = torch.stack([batch.masks[row] for row in rows])
                 yield number, batch, rows, upsample(logits_Bhw[rows], tuple(truth_BHW.shape[1:])), truth_BHW

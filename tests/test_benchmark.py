@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from sft import run as runs
 from sft.benchmark import inputs as benchmark_inputs
 from sft.benchmark import plain, profiled
 from sft.benchmark.bare import BareEngine
-from sft.benchmark.clock import Times
+from sft.benchmark.clock import Times, timed
 from sft.benchmark.profiled import Span
 from sft.benchmark.table import picture, table, targets
 from sft.features import Item
@@ -52,7 +53,8 @@ def config(tmp_path):
 def small_figures(**changes) -> dict:
     row = {"step_ms": 12.0, "step_ms_quartiles": 0.5, "ms_per_sample": 1.5, "samples_per_s": 666.0, "steps": 9}
     ours = row | {"batch_size": 8, "times_plain": 40.0, "data_share": 0.01, "mfu": 0.55, "peak_tflops": 780.0}
-    ours |= {"bare": row, "deepspeed_overhead": 0.02, "tokens": 320, "operations": {"frozen": 10**12}, "pace": "Step"}
+    ours |= {"bare": row, "around_bare": row, "deepspeed_overhead": 0.02}
+    ours |= {"tokens": 320, "operations": {"frozen": 10**12}, "pace": "Step"}
     figures = {"shape": "4b", "image": "512x512", "ranks": 1, "device": "X", "date": "D", "ours": [ours]}
     figures |= {"plain": row | {"ms_per_sample": 60.0}, "fill_images_per_s": 95.0, "start_s": 31.0}
     figures |= {"fill_images": 66}
@@ -130,6 +132,8 @@ def test_every_figure_is_measured_and_fits_into_json(config, monkeypatch, tmp_pa
         assert row["batch_size"] == batch_size and row["steps"] == 2
         assert row["ms_per_sample"] == pytest.approx(row["step_ms"] / batch_size)
         assert row["times_plain"] == pytest.approx(figures["plain"]["ms_per_sample"] / row["ms_per_sample"])
+        assert torch.cuda.is_available() or row["host_peak_gib"] > 0.1
+        assert row["around_bare"]["steps"] == 2 * row["bare"]["steps"] == 4
         assert row["bare"]["step_ms"] > 0 and row["deepspeed_overhead"] > -1 and 0 <= row["data_share"] < 1
         assert row["mfu"] == pytest.approx(row["tflops"] / row["peak_tflops"]) and row["mfu"] > 0
         parts = ("vision encoder", "SAM2 encoder", "language model", "mask decoder", "loss", "optimizer")
@@ -166,6 +170,20 @@ def test_times_are_of_the_middle_step():
     assert row["samples_per_s"] == pytest.approx(20) and row["peak_gib"] == 1
     both = times + Times((0.2,), 2**31)
     assert len(both.steps_s) == 6 and both.peak_bytes == 2**31 and Times((0.3,), 0).spread_s == 0
+    on_cpu = Times((0.1,), 0, 2**30) + Times((0.1,), 0, 2**31)
+    assert on_cpu.record()["host_peak_gib"] == 2 and "peak_gib" not in on_cpu.record() and "host_peak_gib" not in row
+
+
+def test_on_a_cpu_the_most_memory_of_the_process_is_told():
+    """What a step touched stays in it after it was given back; the kernel's other figure is never lower."""
+    now = 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+    touched = timed(lambda: torch.ones(2**29, dtype=torch.uint8), CPU, 1, 0).host_peak_bytes
+    assert 0.9 * (now + 2**29) < touched <= 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert timed(lambda: None, CPU, 1, 0).record()["host_peak_gib"] == touched / 2**30
+    figures = small_figures()
+    figures["ours"][0]["host_peak_gib"] = 1.25
+    (line,) = (line for line in table(figures).splitlines() if "memory" in line)
+    assert line.startswith("ours, batch 8: most host memory") and "1.25  GiB, of the whole process so far" in line
 
 
 def test_the_table_is_aligned_and_names_targets_for_the_shape_they_are_of():
@@ -199,6 +217,12 @@ def test_steps_of_very_unequal_length_are_marked():
     plain_row = small_figures()["plain"] | {"step_ms": 60.0, "step_ms_quartiles": 16.0}
     marked = [line for line in table(small_figures(plain=plain_row)).splitlines() if "UNSTEADY" in line]
     assert [line.split(": ")[1].split("  ")[0] for line in marked] == ["step", "against the plain loop"]
+    for side in ("bare", "around_bare"):  # steps of the one kind, or of the other before and after them
+        figures = small_figures()
+        figures["ours"][0][side] = figures["ours"][0][side] | {"step_ms_quartiles": 4.0}
+        marked = [line for line in table(figures).splitlines() if "UNSTEADY" in line]
+        assert "DeepSpeed against bare torch" in marked[-1] and "% of the step UNSTEADY" in marked[-1]
+        assert len(marked) == (2 if side == "bare" else 1), "the bare steps have a line of their own"
 
 
 def test_the_picture_opens_and_its_bars_are_to_scale(tmp_path):

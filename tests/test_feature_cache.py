@@ -408,6 +408,7 @@ def test_augment_keeps_the_views_that_its_epochs_use_and_no_others(inputs, tmp_p
         used |= {(index, views[index]) for index in order}
     assert sum(encoded) == len(entries_in(own_cache)) == len(used) + 2, "and the validation images as they are"
     assert result.epoch >= 1
+    assert f" GiB for {len(used) + 2} views of 6 images; " in log_of(tmp_path)
 
 
 def test_an_encoder_that_trains_keeps_its_images_and_says_so(inputs, tmp_path, own_cache):
@@ -458,7 +459,7 @@ def test_auto_takes_the_first_place_with_room_and_says_why(inputs, tmp_path, mon
 def test_a_wanted_place_without_room_is_refused_before_the_first_step(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_store, "free_host_bytes", lambda: 2**10)
     with pytest.raises(
-        UserError, match="^feature_cache host: features take .* for 6 images in 8 views; host: .*augment"
+        UserError, match="^feature_cache host: features take .* for [0-9]+ views of 6 images; host: .*augment"
     ):
         train(settings(inputs, tmp_path, feature_cache="host", augment=True))
     with pytest.raises(UserError, match="feature_cache gpu: .*; gpu: there is none; use --feature_cache disk"):

@@ -1,5 +1,6 @@
 """Protects kept features: what was put is what is read, by any process, after any crash; keys notice every change."""
 
+import dataclasses
 import errno
 import inspect
 import json
@@ -784,10 +785,13 @@ def test_the_sentence_says_what_was_chosen_and_why():
     demand = Demand(GIB // 100, 1220, views=8, ranks=2, on_disk=20)
     chosen = choose("auto", demand, Room(70 * GIB, 100 * GIB, 500 * GIB), reserve_bytes=60 * GIB)
     assert chosen.sentence == (
-        "Frozen features: computed once and kept on the disk, 97.6 GiB for 1,220 images in 8 views; gpu: 97.6 GiB "
-        "needed, 10.0 GiB free after 60.0 GiB for the step; host: 195.2 GiB needed by 2 ranks, 100.0 GiB free; disk: "
-        "97.4 GiB needed beyond 20 entries that are there, 500.0 GiB free"
+        "Frozen features: computed once and kept on the disk, 97.6 GiB for 9,760 views of 1,220 images; gpu: 97.6 "
+        "GiB needed, 10.0 GiB free after 60.0 GiB for the step; host: 195.2 GiB needed by 2 ranks, 100.0 GiB free; "
+        "disk: 97.4 GiB needed beyond 20 entries that are there, 500.0 GiB free"
     )
+    fewer = dataclasses.replace(demand, entries=5000)  # the epochs do not use each image in every view
+    said = choose("auto", fewer, Room(70 * GIB, 100 * GIB, 500 * GIB), reserve_bytes=60 * GIB).sentence
+    assert "50.0 GiB for 5,000 views of 1,220 images; gpu: 50.0 GiB needed" in said
     chosen = choose("auto", ONE, Room(0, 100 * GIB, 0), reserve_bytes=0)
     assert (chosen.name, chosen.on_disk) == ("host", False)
     assert (

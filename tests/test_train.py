@@ -718,6 +718,29 @@ def test_validation_and_checkpoints_come_as_often_as_asked(inputs, tmp_path):
     assert kept == {"checkpoint_best", "checkpoint_epoch_4", "checkpoint_epoch_5"}
 
 
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize("place", ["host", "off"])
+def test_validation_leaves_nothing_that_a_step_could_not_save(inputs, tmp_path, stage, place):
+    """Its passes run in inference mode but for ZeRO-3; weights, buffers and features are ordinary tensors after it."""
+    trained = {"lora_scope": ("language_model", "mask_decoder", "sam2_encoder"), "train_modules": ("text_hidden_fcs",)}
+    chosen = {"deepspeed_config": stage} if stage == "zero2" else zero3(tmp_path, 1500)
+    chosen |= {"feature_cache": place, "seg_rate_samples": 0}
+    with runs.prepared(settings(inputs, tmp_path, **chosen, **trained)) as run:
+        modes, model = [], run.loaded.model
+        model.text_hidden_fcs.register_forward_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+        runs.keep_features(run, loop.all_items(run))
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        validation.validate(run)
+        assert set(modes) == {stage == "zero2"}
+        assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+        (batch,) = run.features.batches([[Item(pair) for pair in run.data.val]])
+        kept = [*model.parameters(), *model.buffers(), *batch.tensors()]
+        assert not any(tensor.is_inference() for tensor in kept)
+        run.log.start(run.steps_per_epoch)
+        loop.train_epoch(run, 1)
+        assert len(modes) > 2 and modes[-1] is False
+
+
 # [SEG] in free generation
 
 

@@ -3,10 +3,12 @@
 Takes calls, gives seconds: on a GPU between events in its own queue, on a CPU by the clock.
 """
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -18,6 +20,8 @@ class Times:
     steps_s: tuple[float, ...]
     peak_bytes: int
     """Most memory that tensors took on the GPU meanwhile; 0 on a CPU."""
+    host_peak_bytes: int = 0
+    """On a CPU the most memory that the whole process has had resident so far; 0 on a GPU."""
 
     @property
     def median_s(self) -> float:
@@ -33,7 +37,8 @@ class Times:
         return upper - lower
 
     def __add__(self, other: "Times") -> "Times":
-        return Times(self.steps_s + other.steps_s, max(self.peak_bytes, other.peak_bytes))
+        host_peak_bytes = max(self.host_peak_bytes, other.host_peak_bytes)
+        return Times(self.steps_s + other.steps_s, max(self.peak_bytes, other.peak_bytes), host_peak_bytes)
 
     def record(self, samples: int = 1) -> dict[str, float]:
         """Figures for the table, of steps with so many samples."""
@@ -44,7 +49,8 @@ class Times:
             "samples_per_s": samples / self.median_s,
             "steps": len(self.steps_s),
         }
-        return figures | ({"peak_gib": self.peak_bytes / 2**30} if self.peak_bytes else {})
+        peaks = {"peak_gib": self.peak_bytes, "host_peak_gib": self.host_peak_bytes}
+        return figures | {name: size / 2**30 for name, size in peaks.items() if size}
 
 
 def timed(step: Callable[[], object], device: torch.device, steps: int, warm_up: int) -> Times:
@@ -60,8 +66,9 @@ def timed(step: Callable[[], object], device: torch.device, steps: int, warm_up:
         step()
         marks.append(_mark(on_gpu))
     wait(device)
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else 0
-    return Times(tuple(_seconds(marks, on_gpu)), peak)
+    if on_gpu:
+        return Times(tuple(_seconds(marks, on_gpu)), torch.cuda.max_memory_allocated(device))
+    return Times(tuple(_seconds(marks, on_gpu)), 0, _host_peak_bytes())
 
 
 def wait(device: torch.device) -> None:
@@ -81,3 +88,9 @@ def _mark(on_gpu: bool):
 def _seconds(marks: Sequence, on_gpu: bool) -> list[float]:
     pairs = zip(marks, marks[1:], strict=False)
     return [first.elapsed_time(second) / 1000 if on_gpu else second - first for first, second in pairs]
+
+
+def _host_peak_bytes() -> int:
+    """From the kernel; `ru_maxrss` would count the process that started this one, too: Linux hands its peak on."""
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0

@@ -99,7 +99,8 @@ def _lines(figures: dict) -> Iterator[Line]:
         if "bare" in row:
             yield from _step_lines(f"bare torch, batch {batch}", row["bare"])
             overhead, target = row["deepspeed_overhead"], _target(figures, "deepspeed_overhead", batch, "")
-            yield f"DeepSpeed against bare torch, batch {batch}", f"{100 * overhead:+.1f}", "% of the step", target
+            unit = f"% of the step{_unsteady(row['around_bare']) or _unsteady(row['bare'])}"
+            yield f"DeepSpeed against bare torch, batch {batch}", f"{100 * overhead:+.1f}", unit, target
         for part, times in row.get("parts", {}).items():
             yield f"  part at batch {batch}: {part}", f"{times['step_ms']:.2f}", _spread(times), ""
         yield from _profile_lines(f"batch {batch}", row.get("profile", {"kernels": []}))
@@ -130,7 +131,9 @@ def _step_lines(name: str, row: dict, target: str = "") -> Iterator[Line]:
     yield f"{name}: step", f"{row['step_ms']:.2f}", _spread(row), ""
     yield f"{name}: rate", f"{row['samples_per_s']:.2f}", "samples/s", ""
     if "peak_gib" in row:
-        yield f"{name}: most memory", f"{row['peak_gib']:.2f}", "GiB", ""
+        yield f"{name}: most GPU memory", f"{row['peak_gib']:.2f}", "GiB", ""
+    if "host_peak_gib" in row:
+        yield f"{name}: most host memory", f"{row['host_peak_gib']:.2f}", "GiB, of the whole process so far", ""
 
 
 def _spread(row: dict) -> str:

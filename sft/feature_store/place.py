@@ -27,7 +27,7 @@ class Demand:
     """Of the largest entry."""
     images: int
     views: int = 1
-    """Turned and mirrored versions of each image."""
+    """Turned and mirrored versions of each image, at most."""
     ranks: int = 1
     """Processes on this machine that each keep everything, where memory is not shared."""
     on_disk: int = 0
@@ -82,7 +82,8 @@ def choose(wanted: str, demand: Demand, room: Room, reserve_bytes: int, share_on
     free = {"gpu": max(0, room.gpu - reserve_bytes), "host": room.host, "disk": room.disk}
     fits = {place: needed[place] <= SHARE[place] * free[place] for place in needed}
     on_disk = share_on_disk and fits["disk"]
-    what = f"{one / GIB:.1f} GiB for {demand.images:,} images" + (f" in {demand.views} views" * (demand.views > 1))
+    images = f"{demand.images:,} images"
+    what = f"{one / GIB:.1f} GiB for " + (f"{entries:,} views of {images}" if demand.views > 1 else images)
     why = {place: _room_in_words(place, needed[place], free[place], demand, room, reserve_bytes) for place in needed}
     behind = ", and on the disk for other ranks and runs" if on_disk else ", not on the disk"
     if wanted == "auto":

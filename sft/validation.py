@@ -39,7 +39,7 @@ def validate(run: Run) -> dict:
     mine += [0] * (-(-len(batches) // ranks.world_size) - len(mine))
     pictured: dict[str, np.ndarray] = {}
     plan = [batches[number] for number in mine]
-    for turn, batch, rows, logits_BHW, truth_BHW in _answers(run.ds_engine, run.features, plan):
+    for turn, batch, rows, logits_BHW, truth_BHW in _answers(run.ds_engine, run.features, plan, _quietly(run)):
         if turn * ranks.world_size + ranks.rank >= len(batches):
             continue  # a repeated batch
         places = torch.tensor(rows, device=ranks.device) + mine[turn] * config.val_batch_size
@@ -63,7 +63,7 @@ def base_masks(run: Run) -> dict[str, np.ndarray]:
     first = _batches(run.data.val, run.config)[:1]
     found: dict[str, np.ndarray] = {}
     with run.peft_model.disable_adapter():
-        for _, batch, rows, logits_BHW, _ in _answers(run.ds_engine, run.features, first):
+        for _, batch, rows, logits_BHW, _ in _answers(run.ds_engine, run.features, first, _quietly(run)):
             found |= _predicted(logits_BHW, batch, rows, run.config)
     engine.settle(run.ds_engine)
     return found
@@ -134,17 +134,24 @@ def _batches(pairs: Sequence[data.Pair], config: TrainConfig) -> list[list[Item]
     return [[Item(pair) for pair in pairs[start : start + config.val_batch_size]] for start in starts]
 
 
+def _quietly(run: Run) -> Callable[[], contextlib.AbstractContextManager]:
+    """Inference mode, but where something outlives a pass that training uses too and must be an ordinary tensor: the
+    small parameters that ZeRO-3 has gathered, and what a compiled layer and its graphs hold.
+    """
+    nothing_lasts = run.ds_engine.vectors and not run.loaded.model.layers.compiled
+    return torch.inference_mode if nothing_lasts else torch.no_grad
+
+
 def _answers(
-    model: Callable[..., Output], features: Features, plan: list[list[Item]]
+    model: Callable[..., Output],
+    features: Features,
+    plan: list[list[Item]],
+    quietly: Callable[[], contextlib.AbstractContextManager] = torch.inference_mode,
 ) -> Iterator[tuple[int, Batch, list[int], Tensor, Tensor]]:
     """Each batch's number, the batch, rows of it whose masks have one size, their logits and truth at that size."""
-    # ZeRO-3 gathers parameters as the pass runs and keeps small ones: they would stay inference tensors, which no
-    # backward pass may save.
-    by_zero3 = isinstance(model, engine.Engine) and not model.vectors
-    alone = torch.no_grad if by_zero3 else torch.inference_mode
     with contextlib.closing(features.batches(plan)) as batches:
         for number, batch in enumerate(batches):
-            with alone():
+            with quietly():
                 logits_Bhw = model(batch.prompt, batch.vision, batch.sam2).masks.logits_Bhw
             for rows in rows_by_size(batch):
                 truth_BHW = torch.stack([batch.masks[row] for row in rows])

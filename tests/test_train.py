@@ -739,6 +739,8 @@ def test_validation_leaves_nothing_that_a_step_could_not_save(inputs, tmp_path, 
         run.log.start(run.steps_per_epoch)
         loop.train_epoch(run, 1)
         assert len(modes) > 2 and modes[-1] is False
+        model.layers.compile()  # whose graphs last as well
+        assert validation._quietly(run) is torch.no_grad
 
 
 # [SEG] in free generation

@@ -78,6 +78,11 @@ class Decoder:
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self._layer = torch.compile(_layer)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether `compile` has been called."""
+        return self._layer is not _layer
+
     def _run(
         self, states_BLC: Tensor, read_BR: Tensor, cos: Tensor, sin: Tensor, deepstack_KBLC: Tensor | None = None
     ) -> Tensor:

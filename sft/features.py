@@ -143,11 +143,11 @@ class Features:
         largest = max(self._encoders.entry_bytes(layout) for layout in self._layouts(items))
         images = len({self._known[item.pair.name].key for item in items})
         views = VIEWS if self._config.augment else 1
-        demand = Demand(largest, images, views, -local, on_disk, entries=len(keys))
-        self._place = place = feature_store.choose(self._config.feature_cache, demand, Room(*room), -reserve)
-        self.gpu_bytes = largest * len(keys) if place.name == "gpu" else 0
-        about |= {"model_path": self._config.model_path}
         pin = self._device.type == "cuda"
+        demand = Demand(largest, images, views, -local, on_disk, entries=len(keys), pins=pin)
+        self._place = place = feature_store.choose(self._config.feature_cache, demand, Room(*room), -reserve)
+        self.gpu_bytes = feature_store.held_bytes(len(keys), largest) if place.name == "gpu" else 0
+        about |= {"model_path": self._config.model_path}
         disk = DiskStore(root, scope, about, pin) if place.on_disk and not dry else None
         match place.name:
             case "off":

@@ -781,17 +781,38 @@ def test_auto_takes_the_first_place_with_room(room, demand, place):
     assert chosen.on_disk == (place != "off" and place in ("gpu", "host", "disk"))
 
 
+@pytest.mark.parametrize(("entry_bytes", "entries"), [(700, 3), (43 << 20, 12), (86 << 20, 7), (300 << 20, 2)])
+def test_what_entries_take_in_memory_is_what_was_counted_before(monkeypatch, entry_bytes, entries):
+    """In slabs of 256 MiB, of which 86 MiB would fill two thirds, a GPU would run out of memory beside the step."""
+    taken, empty = [], torch.empty
+
+    def counted(size, **options):
+        taken.append(size)
+        return empty(size, dtype=torch.uint8, device="meta")
+
+    store = MemoryStore(torch.device("cpu"))
+    monkeypatch.setattr(memory_room.torch, "empty", counted)
+    for _ in range(entries):
+        store._room(entry_bytes)
+    assert sum(taken) == memory_room.held_bytes(entries, entry_bytes) < entries * entry_bytes + memory_room.SLAB_BYTES
+    pinned = sum(1 << (size - 1).bit_length() for size in taken)
+    assert pinned == memory_room.held_bytes(entries, entry_bytes, pinned=True)
+
+
 def test_the_sentence_says_what_was_chosen_and_why():
     demand = Demand(GIB // 100, 1220, views=8, ranks=2, on_disk=20)
     chosen = choose("auto", demand, Room(70 * GIB, 100 * GIB, 500 * GIB), reserve_bytes=60 * GIB)
     assert chosen.sentence == (
-        "Frozen features: computed once and kept on the disk, 97.6 GiB for 9,760 views of 1,220 images; gpu: 97.6 "
+        "Frozen features: computed once and kept on the disk, 97.6 GiB for 9,760 views of 1,220 images; gpu: 97.7 "
         "GiB needed, 10.0 GiB free after 60.0 GiB for the step; host: 195.2 GiB needed by 2 ranks, 100.0 GiB free; "
         "disk: 97.4 GiB needed beyond 20 entries that are there, 500.0 GiB free"
     )
     fewer = dataclasses.replace(demand, entries=5000)  # the epochs do not use each image in every view
     said = choose("auto", fewer, Room(70 * GIB, 100 * GIB, 500 * GIB), reserve_bytes=60 * GIB).sentence
-    assert "50.0 GiB for 5,000 views of 1,220 images; gpu: 50.0 GiB needed" in said
+    assert "50.0 GiB for 5,000 views of 1,220 images; gpu: 50.2 GiB needed" in said
+    pinned = dataclasses.replace(fewer, entry_bytes=86 << 20, pins=True)  # 2 in each of 2,500 slabs
+    said = choose("auto", pinned, Room(0, 100 * GIB, 5000 * GIB), reserve_bytes=0).sentence
+    assert "gpu: there is none; host: 1250.0 GiB needed by 2 ranks" in said
     chosen = choose("auto", ONE, Room(0, 100 * GIB, 0), reserve_bytes=0)
     assert (chosen.name, chosen.on_disk) == ("host", False)
     assert (

@@ -33,7 +33,7 @@ from sft.feature_store.fingerprints import (
     settings_fingerprint,
     weights_fingerprint,
 )
-from sft.feature_store.memory import MemoryStore, NoStore
+from sft.feature_store.memory import MemoryStore, NoStore, held_bytes
 from sft.feature_store.place import (
     PLACES,
     Demand,
@@ -62,6 +62,7 @@ __all__ = [
     "free_disk_bytes",
     "free_gpu_bytes",
     "free_host_bytes",
+    "held_bytes",
     "keys_in",
     "listed",
     "read_ahead",

@@ -12,8 +12,21 @@ from torch import Tensor
 from sft.feature_store.disk import DiskStore
 from sft.feature_store.entry import Entry, Packed, pack, parts_of
 
-SLAB_BYTES = 256 * 2**20  # a power of two: pinned allocations are rounded up to one
+SLAB_BYTES = 256 * 2**20  # at the most; a power of two: pinned allocations are rounded up to one
 ALIGNMENT_BYTES = 512
+
+
+def held_bytes(entries: int, entry_bytes: int, *, pinned: bool = False) -> int:
+    """Memory that so many entries of one size take: whole slabs, in which none is split.
+
+    Args:
+        entries: their number.
+        entry_bytes: of each.
+        pinned: whether it is pinned host memory, of which torch takes a power of two.
+    """
+    slab = _slab_bytes(entry_bytes)
+    in_slab = slab // max(_aligned(entry_bytes), ALIGNMENT_BYTES)
+    return -(-entries // in_slab) * (1 << (slab - 1).bit_length() if pinned else slab)
 
 
 class NoStore:
@@ -109,11 +122,21 @@ class MemoryStore:
         """Memory for one entry, from the current slab or a new one."""
         with self._lock:
             if self._used + wanted_bytes > len(self._slab):
-                size = max(SLAB_BYTES, wanted_bytes)
+                size = _slab_bytes(wanted_bytes)
                 self._slab = torch.empty(size, dtype=torch.uint8, device=self._device, pin_memory=self._pin)
                 self._used = 0
             start = self._used
-            self._used = -(-(start + wanted_bytes) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            self._used = start + _aligned(wanted_bytes)
             # .data: autograd counts writes, of all parts of a slab together, and would take one into the next entry
             # for one into an entry that a layer has saved for its backward pass.
             return self._slab[start : start + wanted_bytes].data
+
+
+def _aligned(entry_bytes: int) -> int:
+    return -(-entry_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _slab_bytes(entry_bytes: int) -> int:
+    """As many whole entries as SLAB_BYTES hold, one at least."""
+    one = max(_aligned(entry_bytes), ALIGNMENT_BYTES)
+    return max(1, SLAB_BYTES // one) * one

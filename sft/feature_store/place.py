@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from sft.feature_store.memory import held_bytes
 from sft.settings import UserError
 
 PLACES = ("auto", "gpu", "host", "disk", "off")
@@ -34,6 +35,8 @@ class Demand:
     """Entries that the disk store holds already."""
     entries: int | None = None
     """Of them all, where not every image is kept in every view."""
+    pins: bool = False
+    """Whether host memory is pinned."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def choose(wanted: str, demand: Demand, room: Room, reserve_bytes: int, share_on
         return Place("off", False, "Frozen features: computed anew in every step (off)")
     entries = demand.images * demand.views if demand.entries is None else demand.entries
     one, new = demand.entry_bytes * entries, demand.entry_bytes * max(0, entries - demand.on_disk)
-    needed = {"gpu": one, "host": one * demand.ranks, "disk": new}
+    on_host = held_bytes(entries, demand.entry_bytes, pinned=True) if demand.pins else one
+    needed = {"gpu": held_bytes(entries, demand.entry_bytes), "host": on_host * demand.ranks, "disk": new}
     free = {"gpu": max(0, room.gpu - reserve_bytes), "host": room.host, "disk": room.disk}
     fits = {place: needed[place] <= SHARE[place] * free[place] for place in needed}
     on_disk = share_on_disk and fits["disk"]

@@ -100,6 +100,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--val_list",
         "--output_dir",
         "--batch_size",
+        "--gradient_accumulation_steps",
         "--lora_rank",
         "--num_epochs",
         "--feature_cache_dir",

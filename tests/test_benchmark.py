@@ -269,6 +269,7 @@ def test_weights_and_images_are_written_once_and_again_when_half_written(tmp_pat
         ("--batch_sizes 1,0", "0 is no whole number of at least 1"),
         ("--image_size 12", "12 is no size; give 512, or 999x960"),
         ("--batch_size=4", "--batch_size: the benchmark chooses it itself; see --batch_sizes"),
+        ("--gradient_accumulation_steps=2", "--gradient_accumulation_steps: the benchmark chooses it itself; see"),
         ("--lora_dropout 2", "lora_dropout = 2 is not allowed"),
         ("--learning_rat 1", "unknown key --learning_rat"),
         ("--ranks 2", "--ranks 2 needs --folder DIR"),

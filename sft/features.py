@@ -110,6 +110,8 @@ class Features:
         self._store: DiskStore | MemoryStore | NoStore = NoStore()
         self._known: dict[str, _Known] = {}  # by the pair's name, as the masks
         self._masks: dict[str, tuple[np.ndarray, tuple[int, int]]] = {}
+        self._images: dict[str, np.ndarray] = {}  # decoded, where they are needed in every epoch
+        self._images_bytes = 0  # what more of them may take
         self._rejected = 0
         self._place: Place | None = None
         self.gpu_bytes = 0  # of GPU memory that kept features take
@@ -130,6 +132,7 @@ class Features:
             UserError: the wanted place has no room, or an image cannot be read; a mask is read when it is needed.
         """
         if self._config.feature_cache == "off":
+            self._images_bytes = feature_store.free_host_bytes() // 4 // local_ranks(os.environ)
             self._place = feature_store.choose("off", Demand(0, 0), Room(0, 0, 0), 0)
             return self._place
         self._identify_all(items, ranks)
@@ -301,7 +304,10 @@ class Features:
         return np.unpackbits(bits, count=height * width).view(bool).reshape(height, width)
 
     def _load(self, pair: Pair, views: Sequence[int]) -> Loaded:
-        image_HW3 = read_image_of(pair, self._mask(pair))
+        if (image_HW3 := self._images.get(pair.name)) is None:
+            image_HW3 = read_image_of(pair, self._mask(pair))
+            if image_HW3.nbytes <= self._images_bytes:
+                self._images[pair.name], self._images_bytes = image_HW3, self._images_bytes - image_HW3.nbytes
         try:
             return self._encoders.load([turned(image_HW3, view) for view in views])
         except UserError as error:  # of a shape that the vision encoder does not take

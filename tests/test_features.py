@@ -204,6 +204,22 @@ def test_no_more_than_the_next_batches_are_read_ahead(made, pairs, monkeypatch):
     assert set(reads) <= set(NAMES[: 1 + room.READ_AHEAD_BATCHES])
 
 
+def test_off_decodes_an_image_once_as_far_as_host_memory_goes(made, pairs, monkeypatch):
+    """Two of the images have room: later epochs decode only the others."""
+    reads, load = [], room.read_image_of
+    monkeypatch.setattr(room, "read_image_of", lambda pair, mask: reads.append(pair.name) or load(pair, mask))
+    size = read(pairs[0]).image_HW3.nbytes
+    monkeypatch.setattr(room.feature_store, "free_host_bytes", lambda: 4 * 2 * size + 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    features, epochs = made(keeps=False), []
+    features.choose([], ALONE, 0)
+    for _ in range(3):
+        epochs.append(list(features.batches([[Item(pair)] for pair in pairs[:3]])))
+    assert sorted(reads) == sorted([pair.name for pair in pairs[:3]] + 2 * [reads[2]])
+    assert all(torch.equal(a.vision.tokens_MC, b.vision.tokens_MC) for a, b in zip(epochs[0], epochs[2], strict=True))
+
+
 # What comes out
 
 

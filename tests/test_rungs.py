@@ -12,9 +12,9 @@ from tune.rungs import Rungs
 from tune.trials import SEED_NUMBER
 
 
-def rungs(count: int = 27, known=(), **changes) -> Rungs:
+def rungs(count: int = 27, known=(), soon: bool = True) -> Rungs:
     """9 epochs, grace 1, reduction 3: rungs at 1 and 3."""
-    return Rungs(small.sweep(num_trials=count, **changes), known)
+    return Rungs(small.sweep(num_trials=count), known, soon)
 
 
 def come(to: Rungs, dices: dict[int, float], epoch: int = 1) -> list[bool]:
@@ -60,6 +60,35 @@ def test_the_highest_rung_comes_first_and_there_the_best():
         order.append(number)
         assert number != 7 or one.report(7, 3, 0.1) is False
     assert order == [7, 2, 3]  # once 7 has come to the higher rung, that has a place, for 2
+
+
+def test_new_trials_come_first_where_nobody_is_in_a_hurry_then_the_lower_rung():
+    one = rungs(9, soon=False)
+    assert come(one, {1: 0.9, 2: 0.8, 3: 0.7, 4: 0.6, 5: 0.5, 6: 0.4}) == [False] * 6 and one.next() is None
+    assert come(one, {7: 0.3}) == [False]
+    assert come(one, {8: 0.75}) == [False]  # the ninth may be better
+    assert come(one, {9: 0.1}) == [False]
+    assert [one.next(), one.begin(1)] == [1, None]
+    assert one.report(1, 3, 0.9) is False  # it would be alone there, and 2 has still to come
+    assert [one.next(), one.begin(2)] == [2, None]
+    assert one.report(2, 3, 0.95) is False
+    assert [one.next(), one.begin(8)] == [8, None]
+    assert one.report(8, 3, 0.96) is True  # the best of the three, and nobody is left below
+
+
+def test_a_trial_that_nobody_can_pass_goes_on_at_once():
+    one = rungs(6, soon=False)
+    assert come(one, {1: 0.5, 2: 0.4, 3: 0.3, 4: 0.2}) == [False] * 4
+    assert come(one, {5: 0.9}) == [True]  # the best of five: of six two go on
+    assert one.next() is None and come(one, {6: 0.1}) == [False] and one.next() == 1
+
+
+def test_without_new_trials_any_more_nobody_waits_for_them():
+    one = rungs(9, soon=False)
+    come(one, {1: 0.9, 2: 0.8, 3: 0.7})
+    assert one.next() is None and one.take_out() == {}
+    one.close()
+    assert sorted(one.take_out()) == [2, 3] and one.next() == 1
 
 
 def test_between_two_rungs_and_past_the_last_nothing_is_decided():
@@ -145,15 +174,15 @@ def test_rungs_are_those_that_the_report_names():
 class Devices:
     """Runs a sweep with some trials at a time, an epoch each in turn, as Ray and the driver's queue do."""
 
-    def __init__(self, folder, curves: list[list[float]], slots: int, take_out: bool = True):
-        self.sweep = small.sweep(num_trials=len(curves))
+    def __init__(self, folder, curves: list[list[float]], slots: int, soon: bool = False, take_out: bool = True):
+        self.sweep, self.soon = small.sweep(num_trials=len(curves)), soon
         self.folder, self.curves, self.slots, self.takes_out = folder, curves, slots, take_out
         self.log: list[tuple] = []
         self.restart()
 
     def restart(self) -> None:
         known = trials.read_all(self.folder)
-        self.rungs = Rungs(self.sweep, known)
+        self.rungs = Rungs(self.sweep, known, self.soon)
         self.queue = [one.number for one in known if one.number in self.rungs.running]
         self.live: list[int] = []
 
@@ -205,12 +234,15 @@ def curves(seed: int, count: int = 27) -> list[list[float]]:
     return [[one * (1 - 0.7**epoch) + 0.02 * draw.random() for epoch in range(1, 10)] for one in worth]
 
 
-@pytest.mark.parametrize("slots", [1, 2, 8])
+PLANNED = 27 * 1 + 10 * 2 + 4 * 6  # the best third of each rung, and the seed setting
+
+
+@pytest.mark.parametrize(("soon", "slots", "more"), [(False, 1, 0), (False, 2, 6), (False, 8, 12), (True, 2, 36)])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_sweep_trains_a_third_of_all_epochs_and_finds_what_is_good(tmp_path, seed, slots):
-    found = Devices(tmp_path, curves(seed), slots).run()
+def test_a_sweep_trains_little_more_than_it_must_and_finds_what_is_good(tmp_path, seed, soon, slots, more):
+    found = Devices(tmp_path, curves(seed), slots, soon).run()
     assert {trial.status for trial in found} == {"finished", "stopped"}
-    assert sum(trial.epoch for trial in found) < 0.35 * 27 * 9
+    assert sum(trial.epoch for trial in found) <= PLANNED + more
     whole = [trial for trial in found if trial.status == "finished"]
     assert found[SEED_NUMBER] in whole and len(whole) >= 2
     order = sorted(max(curve) for curve in curves(seed))
@@ -219,24 +251,27 @@ def test_a_sweep_trains_a_third_of_all_epochs_and_finds_what_is_good(tmp_path, s
 
 
 @pytest.mark.parametrize("count", range(1, 12))
-def test_the_best_of_a_small_sweep_is_trained_to_its_end(tmp_path, count):
-    found = Devices(tmp_path, curves(count, count), 2).run()
+@pytest.mark.parametrize("soon", [False, True])
+def test_the_best_of_a_small_sweep_is_trained_to_its_end(tmp_path, count, soon):
+    found = Devices(tmp_path, curves(count, count), 2, soon).run()
     assert trials.best_of(found).status == "finished"
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_who_is_out_would_never_have_gone_on(tmp_path, seed):
+@pytest.mark.parametrize("soon", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_who_is_out_would_never_have_gone_on(tmp_path, seed, soon):
     """Stopping it at once only frees its disk: every trial comes as far as if nobody were ever stopped."""
     drawn = curves(seed, 20)
-    stopped = Devices(tmp_path / "stopped", drawn, 3).run()
-    kept = Devices(tmp_path / "kept", drawn, 3, take_out=False).run()
+    stopped = Devices(tmp_path / "stopped", drawn, 3, soon).run()
+    kept = Devices(tmp_path / "kept", drawn, 3, soon, take_out=False).run()
     assert [trial.rows for trial in stopped] == [trial.rows for trial in kept]
 
 
+@pytest.mark.parametrize("soon", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_after_restarts_every_trial_comes_to_an_end_and_none_trains_an_epoch_twice(tmp_path, seed):
+def test_after_restarts_every_trial_comes_to_an_end_and_none_trains_an_epoch_twice(tmp_path, seed, soon):
     drawn, draw = curves(seed, 12), random.Random(seed)
-    devices = Devices(tmp_path, drawn, 3)
+    devices = Devices(tmp_path, drawn, 3, soon)
     found = devices.run(restarts=draw.sample(range(1, 60), 8))
     assert {trial.status for trial in found} == {"finished", "stopped"}
     told = [entry for entry in devices.log if isinstance(entry[1], int)]

@@ -209,17 +209,19 @@ def test_the_queue_gives_what_has_begun_then_what_is_new_and_makes_the_folders(t
     assert Queue(tmp_path, [], None, {}, None).suggest("d") == Queue.FINISHED
 
 
-def test_a_trial_that_waits_at_a_rung_comes_before_a_new_one_as_soon_as_it_may_go_on(tmp_path):
+@pytest.mark.parametrize("soon", [True, False])
+def test_a_trial_that_waits_at_a_rung_is_given_once_it_may_go_on(tmp_path, soon):
     """Rungs at 1 and 3 of 9 epochs. What depends on trials that run is asked for again."""
     plan, known = small.plan(num_trials=5), [small.trial(0, [0.1] * 9)]
     known += [small.trial(number, [dice], "unfinished") for number, dice in ((1, 0.5), (2, 0.4))]
     known += [small.trial(3, status="unfinished")]
     for one in known:
         small.put(tmp_path, one)
-    rungs = Rungs(small.sweep(num_trials=5), known)
+    rungs = Rungs(small.sweep(num_trials=5), known, soon)
     queue = Queue(tmp_path, known[1:], suggest.Suggestions(plan, known), {}, rungs)
-    given = [queue.suggest(name) for name in "abcd"]
-    assert given == [{"number": 3}, {"number": 1}, {"number": 4}, None]  # begun; the best of three; new
+    given = [queue.suggest(name)["number"] for name in ("a", *("bc" if soon else "cb"))]
+    assert given == ([3, 1, 4] if soon else [3, 4, 1])  # begun; then the best of three or a new one
+    assert queue.suggest("d") is None
     assert rungs.report(3, 1, 0.45) is False
     queue.on_trial_complete("a")
     assert rungs.report(1, 3, 0.6) is False
@@ -467,3 +469,21 @@ def test_a_sweep_that_is_continued_with_nothing_to_do_writes_its_results_anew(tm
     trials.write_outcome(trials.folder_of(tmp_path, 0), "finished")
     assert sweep._search_and_conclude(tuner.phase, tuner.plan, small.sweep(num_trials=1), tmp_path)
     assert updates == [[1]]
+
+
+@pytest.mark.parametrize(("time_budget_s", "soon"), [(None, False), (3600, True)])
+def test_a_sweep_that_may_run_out_of_time_has_whole_trials_early(tmp_path, monkeypatch, time_budget_s, soon):
+    asked = []
+
+    class Tuner:
+        def __init__(self, *_, tune_config, **__):
+            asked.append(tune_config)
+
+        def fit(self):
+            pass
+
+    monkeypatch.setattr(driver.tune, "Tuner", Tuner)
+    plan = small.plan(num_trials=5, time_budget_s=time_budget_s)
+    phase = driver.Phase(plan, small.sweep(num_trials=5), tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
+    sweep.search(phase, plan, tmp_path)
+    assert [(one.scheduler._rungs._soon, one.num_samples) for one in asked] == [(soon, -1)]

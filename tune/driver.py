@@ -74,7 +74,7 @@ class Phase:
             return False
         rungs, scheduler = None, FIFOScheduler()
         if early_stop:
-            rungs = Rungs(self._sweep, known)
+            rungs = Rungs(self._sweep, known, soon=self._plan.sweep.time_budget_s is not None)
             scheduler = NotedAsha(self._folder, rungs, self._sweep.num_epochs)
         ranks = self._plan.sweep.ranks(self._needs["GPU"])
         of_rank = {"CPU": max(1, self._needs["CPU"] // ranks), "GPU": self._needs["GPU"] / ranks}
@@ -168,12 +168,20 @@ class Queue(Searcher):
         """Nothing to restore."""
 
     def _next(self) -> int | None:
-        if self._rungs:
-            note_stops(self._folder, self._rungs)
-        if not self._queue and self._rungs and (number := self._rungs.next()) is not None:
+        number = None if self._queue else self._waited()
+        if number is not None:
             return number
         trial = self._queue.pop(0) if self._queue else self._suggestions and self._suggestions.next()
-        if trial is None:
+        if trial is not None:
+            trials.create(self._folder, trial)
+            return trial.number
+        if self._rungs:
+            self._rungs.close()
+        return self._waited()
+
+    def _waited(self) -> int | None:
+        """One that has waited and may go on; those that never will end here."""
+        if self._rungs is None:
             return None
-        trials.create(self._folder, trial)
-        return trial.number
+        note_stops(self._folder, self._rungs)
+        return self._rungs.next()

@@ -23,10 +23,13 @@ class Rungs:
         sweep: its grace, reduction, epochs, and number of trials.
         known: trials that an earlier session has begun. One that stands exactly at a rung waits there, also if that
             session had just let it go on.
+        soon: a trial goes on as soon as it may, as in the paper: some are whole early. Otherwise new trials come first,
+            then the lower rungs: a rung is nearly full when its best are chosen, and fewer are chosen wrongly.
     """
 
-    def __init__(self, sweep: Sweep, known: Iterable[Trial]) -> None:
+    def __init__(self, sweep: Sweep, known: Iterable[Trial], soon: bool = False) -> None:
         self._epochs, self._reduction, self._total = tally.rungs(sweep), sweep.reduction, sweep.num_trials
+        self._soon = soon
         self._dice: list[dict[int, float]] = [{} for _ in self._epochs]
         """Of each rung: number of a trial -> its best Dice when it came there."""
         self._waiting: dict[int, int] = {}
@@ -67,18 +70,25 @@ class Rungs:
             return True
         del self._heading[number]
         self._waiting[number] = rung
-        if self._may_go_on(number):
+        goes_on = self._may_go_on(number) if self._soon else self._is_certain(number) or self.next() == number
+        if goes_on:
             self.begin(number)
-            return True
-        return False
+        return goes_on
 
     def end(self, number: int) -> None:
         """A trial has ended by itself, well or not."""
         self._heading.pop(number, None)
 
+    def close(self) -> None:
+        """There are no new trials any more."""
+        self._total = self._begun
+
     def next(self) -> int | None:
-        """The trial that goes on next: of the highest rung, and there the best; None where none may yet."""
-        order = sorted(self._waiting, key=lambda number: (-self._waiting[number], self._rank(number)))
+        """The trial that goes on next, of its rung the best; None where none may yet, or new ones come first."""
+        if not self._soon and self._begun < self._total:
+            return None
+        up = -1 if self._soon else 1
+        order = sorted(self._waiting, key=lambda number: (up * self._waiting[number], self._rank(number)))
         return next((number for number in order if self._may_go_on(number)), None)
 
     def take_out(self) -> dict[int, str]:
@@ -108,6 +118,12 @@ class Rungs:
         if places == 0 and self._to_come()[rung] == 0:
             places = 1
         return self._rank(number) <= places
+
+    def _is_certain(self, number: int) -> bool:
+        """Whether it is among the best also if all that are still to come are better."""
+        rung = self._waiting[number]
+        to_come = self._to_come()[rung]
+        return self._rank(number) + to_come <= (len(self._dice[rung]) + to_come) // self._reduction
 
     def _rank(self, number: int) -> int:
         """Among all that came to the rung where it waits, 1 for the best; of equals the earlier trial is better."""

@@ -1,10 +1,11 @@
 """What early stopping saves and what sharing a GPU gains, in sweeps on the embedded base.
 
-Usage: python3 tests/gpu_sweep.py OUT rates|asha [--small] [--folder DIR]
+Usage: python3 tests/gpu_sweep.py OUT rates|asha [--epochs 81] [--images 24] [--small] [--folder DIR]
   rates  trials per hour with 1, 2, 4 and 8 trials on a GPU (on a CPU: one per core)
   asha   27 trials to their end and the same 27 under ASHA: device hours and best Dice, beside the spread between seeds
 OUT/sweep.json receives rows (fields of Figure in gpu_readers.py), each as soon as it is known. --small: few and short
-trials, to see that it runs. DIR keeps the sweeps. Uses the python3 of the machine as it is; ray must be there.
+trials, to see that it runs. --epochs, --images: of asha; fewer on a CPU. DIR keeps the sweeps. Uses the python3 of the
+machine as it is; ray must be there.
 """
 
 import argparse
@@ -34,6 +35,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("part", choices=("rates", "asha"))
+    parser.add_argument("--epochs", type=int, default=ASHA_EPOCHS)
+    parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
@@ -51,7 +54,8 @@ def main() -> int:
         case "rates":
             rates(folder, keep, options.small)
         case "asha":
-            asha(folder, keep, options.small)
+            few = (4, 3, 5, 2)
+            asha(folder, keep, *(few if options.small else (ASHA_TRIALS, options.epochs, options.images, SEEDS)))
     return 0
 
 
@@ -72,16 +76,15 @@ def rates(folder: Path, keep, small: bool) -> None:
         keep(Figure(f"trials per hour, {count} at a time", per_hour, note=note))
 
 
-def asha(folder: Path, keep, small: bool) -> None:
+def asha(folder: Path, keep, number: int, epochs: int, images: int, seeds: int) -> None:
     """Device time and best Dice with and without early stopping, on the same points."""
-    number, epochs, images, seeds = (4, 3, 5, 2) if small else (ASHA_TRIALS, ASHA_EPOCHS, IMAGES, SEEDS)
     data = folder / f"images_{images}"
     if not (data / "dataset.json").exists():
         command = [sys.executable, "-m", "sft.synthetic", data, "--count", images, "--seed", 7, "--workers", 0]
         subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
     words = ["--config", ROOT / "tune" / "demo.yaml", "--space", ROOT / "tune" / "demo_space.yaml"]
     words += ["--data_root", data, "--num_trials", number, "--num_epochs", epochs, "--gpus_per_trial", "0.125"]
-    words += ["--grace", 1 if small else 3]
+    words += ["--grace", 3 if epochs > 3 else 1]
     stopped = search(folder, "asha", *words, "--seeds", seeds)
     own = [trial for trial in stopped if not trial.is_repeat]
     best = trials.best_of(own)

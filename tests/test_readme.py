@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
 TRAIN, JOB = "launch/train.py", "launch/run_sft_training.sh"
 RUN, LAST_KEPT = "lora_sft_20261123_124804", "checkpoint_epoch_3"  # what the README calls a run and a checkpoint
-SWEEP = "output_tune/sweep_20261125_233740"  # and a sweep
+SWEEP = "output_tune/sweep_20261127_054637"  # and a sweep
 SMALL = {"num_epochs": 1, "num_workers": 0, "save_every": 1, "log_every_steps": 1, "gpu": None, "include": None}
 GPUS = {str(number): f"GPU-{number}" for number in range(4)}
 RECORD = ("random", 8, True, 2, 3, 42, 0.0, "2026-11-25 23:09:37", {}, ["tune/search.py"])  # the rest of a sweep.json

@@ -32,6 +32,8 @@ class Rungs:
         self._soon = soon
         self._dice: list[dict[int, float]] = [{} for _ in self._epochs]
         """Of each rung: number of a trial -> its best Dice when it came there."""
+        self._ranks: list[dict[int, int]] = [{} for _ in self._epochs]
+        """Of each rung: number of a trial -> its rank among all that came there."""
         self._waiting: dict[int, int] = {}
         """Number of a trial -> the rung where it waits."""
         self._heading: dict[int, int] = {}
@@ -64,8 +66,7 @@ class Rungs:
         rung = self._heading[number]
         if rung == len(self._epochs) or epoch < self._epochs[rung]:
             return True
-        self._dice[rung][number] = dice if math.isfinite(dice) else -math.inf
-        self._heading[number] = rung + 1
+        self._enter(number, rung, dice)
         if number == SEED_NUMBER:
             return True
         del self._heading[number]
@@ -104,13 +105,18 @@ class Rungs:
             rung = self._heading[trial.number]
             waits = rung < len(self._epochs) and row["epoch"] >= self._epochs[rung]
             if waits:
-                dice = row["dice_so_far"]
-                self._dice[rung][trial.number] = dice if math.isfinite(dice) else -math.inf
-                self._heading[trial.number] = rung + 1
+                self._enter(trial.number, rung, row["dice_so_far"])
         if trial.status != "unfinished":
             self.end(trial.number)
         elif waits and trial.number != SEED_NUMBER:
             self._waiting[trial.number] = self._heading.pop(trial.number) - 1
+
+    def _enter(self, number: int, rung: int, dice: float) -> None:
+        told = self._dice[rung]
+        told[number] = dice if math.isfinite(dice) else -math.inf
+        order = sorted(told, key=lambda one: (-told[one], one))
+        self._ranks[rung] = {one: rank for rank, one in enumerate(order, start=1)}
+        self._heading[number] = rung + 1
 
     def _may_go_on(self, number: int) -> bool:
         rung = self._waiting[number]
@@ -126,10 +132,8 @@ class Rungs:
         return self._rank(number) + to_come <= (len(self._dice[rung]) + to_come) // self._reduction
 
     def _rank(self, number: int) -> int:
-        """Among all that came to the rung where it waits, 1 for the best; of equals the earlier trial is better."""
-        told = self._dice[self._waiting[number]]
-        own = (-told[number], number)
-        return 1 + sum((-dice, other) < own for other, dice in told.items())
+        """At the rung where it waits, 1 for the best; of equals the earlier trial is better."""
+        return self._ranks[self._waiting[number]][number]
 
     def _limits(self) -> list[int]:
         """Of each rung the lowest rank that may ever go on."""

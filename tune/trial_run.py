@@ -22,7 +22,7 @@ from tune.fork_server import ForkServer
 from tune.trials import METRIC, SPLIT_FILE, Sweep, Trial
 
 TOLD = ("epoch", "dice", "dice_best", "threshold_best", "iou", "recall", "precision", "seg_rate")
-CRASH_FILE = "crash.txt"
+CRASH_FILE, RANKS_FILE = "crash.txt", "ranks.txt"
 CONTEXT_BYTES = 700 * 2**20  # CUDA context and libraries of one process, outside torch's own memory
 
 _forks = ForkServer()  # of this process
@@ -50,6 +50,7 @@ def run_trial(place: dict[str, Any]) -> None:
     from ray.tune.integration.ray_train import TuneReportCallback
 
     folder = trials.folder_of(Path(place["sweep"]), place["number"])
+    free_ranks(folder)  # of an attempt before this one
     trainer = TorchTrainer(
         _rank_of_trial,
         train_loop_config=place,
@@ -61,6 +62,25 @@ def run_trial(place: dict[str, Any]) -> None:
         ),
     )
     trainer.fit()
+
+
+def free_ranks(folder: Path) -> None:
+    """Gives back what the ranks of a trial hold, and ends them, where the trial was ended from outside.
+
+    Ray Train keeps their placement group then until the whole sweep has ended: it looks for it through Ray's dashboard,
+    which a sweep does not need otherwise.
+
+    Args:
+        folder: the trial's.
+    """
+    file = folder / RANKS_FILE
+    if not file.exists():
+        return
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(file.read_text()))))
+    file.unlink()
 
 
 def train_trial(
@@ -232,7 +252,11 @@ def start_of_process() -> float:
 def _rank_of_trial(place: dict[str, Any]) -> None:
     from ray import train as ray_train
     from ray.train import collective
+    from ray.util import get_current_placement_group
 
+    if ray_train.get_context().get_world_rank() == 0:
+        held = get_current_placement_group().id.hex()
+        trials.write_whole(trials.folder_of(Path(place["sweep"]), place["number"]) / RANKS_FILE, held.encode())
     cpus, share = place["needs"]["CPU"], collective.broadcast_from_rank_zero
     train_trial(place["sweep"], place["number"], cpus, ray_train.report, share)
 

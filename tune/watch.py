@@ -17,7 +17,7 @@ from sft.settings import DiskError
 from tune import keeping, results, trials
 from tune.progress import STOPPING, LiveTable
 from tune.suggest import Suggestions
-from tune.trial_run import CRASH_FILE
+from tune.trial_run import CRASH_FILE, free_ranks
 from tune.trials import Trial
 
 RETRIES = 2  # of a trial that crashed, from its last checkpoint
@@ -90,6 +90,7 @@ class Watch(Callback):
             self._suggestions.told(this)
         if this.status != "unfinished":  # one that waits at a rung, or goes on in a later session, changes no result
             self._update(found, number)
+        free_ranks(trials_folder(self._folder, trial))
         shutil.rmtree(trials_folder(self._folder, trial) / "ray", ignore_errors=True)
         self._show(force=True)
 

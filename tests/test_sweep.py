@@ -127,6 +127,17 @@ def test_a_kill_loses_nothing_finished_and_at_most_one_epoch(tmp_path_factory, k
     assert found["ended after"] == found["of"]
 
 
+def test_a_trial_of_two_ranks_that_is_stopped_gives_its_devices_to_the_next(tmp_path):
+    """Two ranks take all there is: with what Ray Train keeps of a stopped trial the sweep would stand still."""
+    sweep_drill.write_inputs(tmp_path)
+    paths = ["--config", tmp_path / "config.yaml", "--space", tmp_path / "space.yaml", "--storage_path", tmp_path]
+    words = ["--name", "ranks", "--num_trials", 3, "--grace", 1, "--ranks_per_trial", 2, "--max_concurrent", 1]
+    done = search(*map(str, paths + words))
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    found = trials.read_all(tmp_path / "ranks")
+    assert {trial.status for trial in found} == {"finished", "stopped"} and len(found) == 3
+
+
 def test_ctrl_c_ends_with_one_line_the_table_and_code_130(folder):
     sweep = folder / "sweeps" / "interrupted"
     paths = ["--config", folder / "config.yaml", "--space", folder / "space.yaml", "--storage_path", sweep.parent]

@@ -1,5 +1,6 @@
 """A sweep on the terminal: the table's order, what a line tells, the time left."""
 
+import dataclasses
 import io
 
 import pytest
@@ -61,7 +62,8 @@ def test_elsewhere_than_on_a_terminal_a_line_tells_what_has_changed(clock):
     clock["s"] += 60
     stopped = Trial(1, "random", {}, {}, small.rows([0.7]), "stopped", "not among the best")
     shown.show([FOUND[0], stopped], [1])
-    shown.show([FOUND[0], stopped], [])
+    late = dataclasses.replace(stopped, rows=small.rows([0.7, 0.6]))  # several ranks learn of it a little later
+    shown.show([FOUND[0], late], [])
     assert stream.getvalue().splitlines()[1:] == [
         "trial 1 stopped (not among the best) | 2 of 4 trials ended, 0 running | best Dice 0.7000 of trial 1 | "
         "0:01:00, ETA 0:17:00"

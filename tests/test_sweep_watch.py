@@ -50,7 +50,7 @@ def test_a_process_that_died_without_a_word_is_noted_so(tmp_path, watch, crash):
     assert trials.read(folder).reason == "crashed 3 times: its process died"
 
 
-def test_when_a_trial_ends_the_search_hears_of_it_and_the_best_is_written(tmp_path, watch):
+def test_when_a_trial_ends_the_search_hears_of_it_and_the_best_is_written(tmp_path, watch, monkeypatch):
     heard = []
     watch._suggestions = SimpleNamespace(told=heard.append)
     folder = trials.folder_of(tmp_path, 1)
@@ -58,7 +58,10 @@ def test_when_a_trial_ends_the_search_hears_of_it_and_the_best_is_written(tmp_pa
         trials.append_row(folder, row)
     trials.write_outcome(folder, "stopped", "behind")
     (folder / "ray").mkdir()
+    freed = []
+    monkeypatch.setattr(watching, "free_ranks", freed.append)
     watch.on_trial_complete(0, [], small.of_ray(1))
+    assert freed == [folder]
     assert heard == [trials.read(folder)] and not (folder / "ray").exists()
     assert (tmp_path / keeping.BEST_FILE).read_text().startswith("# Trial 1 of sweep_1: validation Dice 0.7000")
     assert json.loads((folder / "outcome.json").read_text())["status"] == "stopped"

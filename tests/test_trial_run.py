@@ -336,11 +336,23 @@ def test_rank_0_tells_the_others_that_it_could_not_start(sweep, monkeypatch, err
     )
 
 
-def test_ranks_of_a_trial_share_through_ray(monkeypatch):
-    called = []
+def test_ranks_of_a_trial_share_through_ray_and_rank_0_notes_what_they_hold(tmp_path, monkeypatch):
+    called, held = [], SimpleNamespace(id=ray.PlacementGroupID.from_random())
     monkeypatch.setattr(trial_run, "train_trial", lambda *arguments: called.append(arguments))
-    trial_run._rank_of_trial({"sweep": "/a", "number": 3, "ranks": 2, "needs": {"CPU": 5, "GPU": 1}})
-    assert called == [("/a", 3, 5, ray.train.report, collective.broadcast_from_rank_zero)]
+    monkeypatch.setattr(ray.util, "get_current_placement_group", lambda: held)
+    place = {"sweep": str(tmp_path), "number": 3, "ranks": 2, "needs": {"CPU": 5, "GPU": 1}}
+    file = trials.create(tmp_path, small.trial(3)) / trial_run.RANKS_FILE
+    for rank in (1, 0):
+        monkeypatch.setattr(ray.train, "get_context", lambda rank=rank: SimpleNamespace(get_world_rank=lambda: rank))
+        assert not file.exists()
+        trial_run._rank_of_trial(place)
+    assert called == 2 * [(str(tmp_path), 3, 5, ray.train.report, collective.broadcast_from_rank_zero)]
+    removed = []
+    monkeypatch.setattr(sys.modules["ray.util.placement_group"], "remove_placement_group", removed.append)
+    trial_run.free_ranks(file.parent)
+    assert [group.id for group in removed] == [held.id] and not file.exists()
+    trial_run.free_ranks(file.parent)
+    assert len(removed) == 1
 
 
 @pytest.mark.parametrize("is_warm", [False, True])

@@ -108,9 +108,10 @@ class LiveTable:
 
     def _tell_changes(self, found: Sequence[Trial], running: Sequence[int]) -> None:
         for trial in found:
-            if self._told.get(trial.number, NEW) == _state(trial):
-                continue
+            before = self._told.get(trial.number, NEW)
             self._told[trial.number] = _state(trial)
+            if before == _state(trial) or before[1] == trial.status != "unfinished":  # its end is told once
+                continue
             if trial.status == "unfinished":
                 dice = f"Dice {trial.rows[-1]['dice']:.4f}"
                 print(f"trial {trial.number}: epoch {trial.epoch}/{self._sweep.num_epochs} {dice}", file=self._stream)

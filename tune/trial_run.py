@@ -80,7 +80,7 @@ def free_ranks(folder: Path) -> None:
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(file.read_text()))))
-    file.unlink()
+    file.unlink(missing_ok=True)
 
 
 def train_trial(

@@ -92,7 +92,7 @@ def drill(folder: Path, kind: str, name: str, after: int) -> dict:
     try:
         driver = start(command, environment, sweep)
         wait_for(lambda: validations(sweep) >= after or driver.poll() is not None, "validations")
-        before = state(sweep)
+        before, told = state(sweep), {name: len(text) for name, text in logs(sweep).items()}
         victim = kill(kind, driver, cluster)
         if kind != "driver":
             driver.wait(timeout=LIMIT_S)
@@ -103,7 +103,7 @@ def drill(folder: Path, kind: str, name: str, after: int) -> dict:
             start(["--resume", str(sweep), *extra], environment, sweep).wait(timeout=LIMIT_S)
         return {
             "killed": f"{kind} {victim} after {sum(len(rows) for rows, _ in before.values())} validations"
-        } | losses(before, sweep)
+        } | losses(before, told, sweep)
     finally:
         if cluster:
             cluster.stop()
@@ -180,22 +180,35 @@ def state(sweep: Path) -> dict[str, tuple[list[str], str]]:
     return found
 
 
-def losses(before: dict[str, tuple[list[str], str]], sweep: Path) -> dict:
-    """What is no longer there, or was done twice, after all trials have ended."""
+def logs(sweep: Path) -> dict[str, str]:
+    """Trial -> what its runs have told."""
+    folders = sorted((sweep / "trials").glob("*/"))
+    return {one.name: "".join(path.read_text() for path in one.glob("lora_sft_*/training.log")) for one in folders}
+
+
+def losses(before: dict[str, tuple[list[str], str]], told: dict[str, int], sweep: Path) -> dict:
+    """What is no longer there, was done twice, or has failed, after all trials have ended.
+
+    Args:
+        before: `state` when something was killed.
+        told: length of each trial's `logs` then: a trial may have waited, and gone on, before.
+        sweep: its folder.
+    """
     after = state(sweep)
     gone = sum(after.get(name) != (rows, outcome) for name, (rows, outcome) in before.items() if outcome)
     lost_rows = sum(after[name][0][: len(rows)] != rows for name, (rows, _) in before.items())
+    failed = sum('"failed"' in outcome for _, outcome in after.values())
     again = [0]
     for name, (rows, outcome) in before.items():
-        log = "".join(path.read_text() for path in (sweep / "trials" / name).glob("lora_sft_*/training.log"))
+        log = logs(sweep)[name][told[name] :]
         resumed = [int(epoch) for epoch in re.findall(r"^Resumed after epoch (\d+)", log, re.MULTILINE)]
         if not outcome and rows and resumed:
             again.append(len(rows) - resumed[0])
-        if not outcome and rows and not resumed and len(after[name][0]) == EPOCHS:
-            again.append(len(rows) if log.count("Gradient check") > 1 else 0)
+        if not outcome and rows and not resumed and "Gradient check" in log:
+            again.append(len(rows))
     return {
         "finished before": sum(bool(outcome) for _, outcome in before.values()),
-        "finished lost": gone + lost_rows,
+        "finished lost": gone + lost_rows + failed,
         "epochs again, at most": max(again),
         "ended after": sum(bool(outcome) for _, outcome in after.values()),
         "of": TRIALS,

@@ -148,7 +148,21 @@ def test_where_too_few_come_for_a_third_the_best_goes_on_once_nobody_can_follow(
     one.begin(1)
     assert one.report(1, 3, 0.1) is False  # the seed setting is still to come to this rung
     assert one.report(SEED_NUMBER, 3, 0.9) is True
-    assert list(one.take_out()) == [1]  # it is the best, and goes on anyway
+    assert one.take_out() == {} and one.next() == 1  # it goes on anyway: the place is the next best's
+
+
+def test_beside_a_seed_setting_that_is_best_the_next_best_goes_on():
+    """A given point would otherwise never be trained whole in a sweep of two."""
+    one = rungs(2, soon=False)
+    one.begin(SEED_NUMBER)
+    assert come(one, {1: 0.3}) == [False]
+    one.report(SEED_NUMBER, 1, 0.9)
+    assert one.take_out() == {} and one.next() == 1
+
+
+def test_a_trial_that_has_been_told_to_stop_is_told_so_again():
+    one = rungs()
+    assert come(one, {1: 0.3}) == [False] and one.report(1, 2, 0.9) is False and one.waiting == {1}
 
 
 def test_rungs_are_those_that_the_report_names():

@@ -202,11 +202,15 @@ def test_trials_read_features_from_the_disk_they_share():
 def test_the_queue_gives_what_has_begun_then_what_is_new_and_makes_the_folders(tmp_path):
     plan = small.plan(num_trials=3)
     known = [small.trial(0, [0.5]), small.trial(1, [0.4], "unfinished")]
-    queue = Queue(tmp_path, known[1:], suggest.Suggestions(plan, known), {"ranks": 1}, None)
+    queue = Queue(tmp_path, known[1:], suggest.Suggestions(plan, known), {"ranks": 1}, None, 2)
     assert queue.suggest("a") == {"ranks": 1, "number": 1} and queue.suggest("b") == {"ranks": 1, "number": 2}
+    assert queue.suggest("c") is None  # two at a time
+    queue.on_trial_complete("a")
+    assert queue.suggest("c") is None  # what runs may have to be run again
+    queue.on_trial_complete("b")
     assert queue.suggest("c") == Queue.FINISHED
     assert [trial.number for trial in trials.read_all(tmp_path)] == [1, 2]
-    assert Queue(tmp_path, [], None, {}, None).suggest("d") == Queue.FINISHED
+    assert Queue(tmp_path, [], None, {}, None, 2).suggest("d") == Queue.FINISHED
 
 
 @pytest.mark.parametrize("soon", [True, False])
@@ -218,7 +222,7 @@ def test_a_trial_that_waits_at_a_rung_is_given_once_it_may_go_on(tmp_path, soon)
     for one in known:
         small.put(tmp_path, one)
     rungs = Rungs(small.sweep(num_trials=5), known, soon)
-    queue = Queue(tmp_path, known[1:], suggest.Suggestions(plan, known), {}, rungs)
+    queue = Queue(tmp_path, known[1:], suggest.Suggestions(plan, known), {}, rungs, 4)
     given = [queue.suggest(name)["number"] for name in ("a", *("bc" if soon else "cb"))]
     assert given == ([3, 1, 4] if soon else [3, 4, 1])  # begun; then the best of three or a new one
     assert queue.suggest("d") is None
@@ -227,7 +231,9 @@ def test_a_trial_that_waits_at_a_rung_is_given_once_it_may_go_on(tmp_path, soon)
     assert rungs.report(1, 3, 0.6) is False
     queue.on_trial_complete("b")
     assert queue.suggest("e") is None and rungs.waiting == {1}  # of five trials one goes on: 2 and 3 are out
-    queue.on_trial_complete("c", error=True)  # 4 has failed: nobody comes any more
+    queue.on_trial_complete("c", error=True)
+    assert queue.suggest("f") is None
+    queue.forget("c")  # 4 has failed: nobody comes any more
     assert queue.suggest("f") == {"number": 1}  # alone at its rung with the seed setting, and better
     stopped = [trial.number for trial in trials.read_all(tmp_path) if trial.status == "stopped"]
     assert stopped == [2, 3] and queue.suggest("g") is None
@@ -239,7 +245,7 @@ def test_the_search_is_told_what_a_trial_that_waits_has_come_to(tmp_path):
     known = [small.trial(1, [0.5], "unfinished"), small.trial(2, status="unfinished")]
     heard = []
     suggestions = SimpleNamespace(told=heard.append, next=lambda: None)
-    Queue(tmp_path, known, suggestions, {}, Rungs(small.sweep(num_trials=5), known))
+    Queue(tmp_path, known, suggestions, {}, Rungs(small.sweep(num_trials=5), known), 2)
     assert heard == known[:1]
 
 
@@ -413,6 +419,30 @@ def test_repeats_have_what_time_the_search_has_left(tmp_path, monkeypatch):
             patch.setattr(driver.time, "monotonic", lambda now_s=now_s: now_s)
             assert sweep.search(phase, plan, tmp_path) is ended
         assert asked == pytest.approx(asked_s)
+
+
+def test_repeats_that_a_kill_has_left_do_not_keep_the_search_from_ending(tmp_path, monkeypatch):
+    """Otherwise the others would have to wait for a second --resume."""
+    for one in (small.trial(0, [0.5]), small.trial(1, [0.4]), small.repeat(2, of=0, seed=43, status="unfinished")):
+        small.put(tmp_path, one)
+    fits = []
+
+    class Tuner:
+        def __init__(self, *_, **__):
+            pass
+
+        def fit(self):
+            fits.append(1)
+            if len(fits) == 1:
+                small.put(tmp_path, small.trial(3, [0.3]))
+            for number in range(len(trials.read_all(tmp_path))):
+                trials.write_outcome(trials.folder_of(tmp_path, number), "finished") if len(fits) == 2 else None
+
+    monkeypatch.setattr(driver.tune, "Tuner", Tuner)
+    monkeypatch.setattr(suggest.Suggestions, "left", property(lambda self: 0 if fits else 1))
+    plan = small.plan(num_trials=3, seeds=2)
+    phase = driver.Phase(plan, small.sweep(num_trials=3), tmp_path, {"CPU": 1, "GPU": 0.0}, 1)
+    assert sweep.search(phase, plan, tmp_path) and len(fits) == 2
 
 
 def test_a_sweep_whose_trials_have_all_ended_starts_nothing(tmp_path):

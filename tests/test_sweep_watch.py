@@ -10,6 +10,7 @@ import small_sweeps as small
 
 from tune import keeping, results, trials
 from tune import watch as watching
+from tune.driver import Queue
 from tune.progress import LiveTable
 from tune.trial_run import CRASH_FILE
 from tune.watch import Watch
@@ -22,7 +23,9 @@ def watch(tmp_path, monkeypatch):
     trials.write_sweep(tmp_path, small.sweep())
     for one in (small.trial(0, [0.5]), small.trial(1, status="unfinished")):
         small.put(tmp_path, one)
-    made = Watch(tmp_path, LiveTable(small.sweep(), 2, io.StringIO()), None)
+    queue = Queue(tmp_path, trials.read_all(tmp_path)[1:], None, {}, None, 2)
+    assert queue.suggest("id1") == {"number": 1}
+    made = Watch(tmp_path, LiveTable(small.sweep(), 2, io.StringIO()), None, queue)
     made.on_trial_start(0, [], small.of_ray(1))
     return made
 
@@ -73,6 +76,7 @@ COPY_ERROR = shutil.Error([("a/adapter", "b/adapter", "[Errno 28] No space left 
 @pytest.mark.parametrize(
     ("error", "told"),
     [
+        (MemoryError("no more"), "MemoryError: no more"),  # Ray would run the trial again
         (COPY_ERROR, "b/adapter: [Errno 28] No space left on device"),
         (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),  # a write names no file
         (OSError(13, "Permission denied", "b/best.yaml"), "b/best.yaml: Permission denied"),
@@ -135,3 +139,29 @@ def test_results_that_could_not_be_written_are_not_taken_for_written(tmp_path, w
     trials.write_outcome(trials.folder_of(tmp_path, 1), "finished")
     watch.on_trial_complete(0, [], small.of_ray(1))
     assert watch.reported is None
+
+
+# Trials that Ray loses
+
+
+def test_a_trial_whose_kept_process_had_died_is_run_again_and_no_failure(tmp_path, watch):
+    """Ray keeps the process of a trial that waits for the next one, and does not see it die."""
+    small.put(tmp_path, small.trial(2, [0.4], "unfinished"))
+    folder, queue = trials.folder_of(tmp_path, 2), watch._queue
+    queue._queue.append(trials.read(folder))
+    for attempt in range(3):
+        assert queue.suggest(f"lost{attempt}") == {"number": 2}
+        queue.on_trial_complete(f"lost{attempt}", error=True)
+        watch.on_trial_error(0, [], SimpleNamespace(trial_id=f"lost{attempt}", config={"number": 2}))
+        assert trials.read(folder).status == ("failed" if attempt == 2 else "unfinished")
+    assert queue.suggest("x") is None and queue.holds("id1") and not queue.holds("lost2")
+
+
+def test_a_trial_that_ray_ends_without_a_word_is_run_again(tmp_path, watch):
+    """Otherwise it would hold a place for ever, and trials that wait would wait for it."""
+    lost = SimpleNamespace(trial_id="id1", config={"number": 1}, is_finished=lambda: True)
+    for attempt in range(3):
+        watch.on_step_end(0, [lost])
+        assert trials.read(trials.folder_of(tmp_path, 1)).status == ("failed" if attempt == 2 else "unfinished")
+        watch.on_step_end(0, [lost])  # told once
+        assert watch._queue.suggest("id1") == ({"number": 1} if attempt < 2 else Queue.FINISHED)

@@ -6,8 +6,10 @@ the trials' folders (trials.py); Ray's own records are of one session and are no
 
 import contextlib
 import math
+import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,14 +85,15 @@ class Phase:
         bundle = self._needs if ranks == 1 else {"CPU": 0, "memory": 1}  # a byte: Ray takes no empty request
         waiting = {trial.number for trial in queue}
         shown = LiveTable(self._sweep, samples + sum(trial.number not in waiting for trial in known))
-        watch = Watch(self._folder, shown, suggestions)
+        asked = Queue(self._folder, queue, suggestions, place, rungs, self._concurrent)
+        watch = Watch(self._folder, shown, suggestions, asked)
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self._concurrent)  # Ray would start one after the other
         tuner = tune.Tuner(
             tune.with_resources(run_trial, tune.PlacementGroupFactory([bundle])),
             tune_config=tune.TuneConfig(
-                search_alg=Queue(self._folder, queue, suggestions, place, rungs),
+                search_alg=asked,
                 scheduler=scheduler,
-                num_samples=-1 if rungs else samples,  # a trial that has waited is a new one of Ray's
-                max_concurrent_trials=self._concurrent,
+                num_samples=-1,  # a trial that has waited is a new one of Ray's
                 time_budget_s=left_s if math.isfinite(left_s) else None,
                 reuse_actors=ranks == 1,  # whose process forks the next trial's
             ),
@@ -111,8 +114,10 @@ class Phase:
             self.interrupted = watch.interrupted
             self.reported = watch.reported
         watch.close()
-        to_come = suggestions is not None and suggestions.left > 0  # interrupted between one trial and the next
-        return not to_come and all(trial.status != "unfinished" for trial in trials.read_all(self._folder))
+        if suggestions is None:
+            return all(trial.status != "unfinished" for trial in trials.read_all(self._folder))
+        own = [trial for trial in trials.read_all(self._folder) if not trial.is_repeat]  # repeats come after this
+        return suggestions.left == 0 and all(trial.status != "unfinished" for trial in own)
 
 
 class Queue(Searcher):
@@ -124,6 +129,7 @@ class Queue(Searcher):
         suggestions: new ones, or None.
         place: what `run_trial` needs besides the number.
         rungs: where trials wait; None: none does.
+        concurrent: trials at a time, at the most.
     """
 
     def __init__(
@@ -133,8 +139,10 @@ class Queue(Searcher):
         suggestions: Suggestions | None,
         place: dict[str, Any],
         rungs: Rungs | None,
+        concurrent: int,
     ) -> None:
         super().__init__(metric=METRIC, mode="max")
+        self._concurrent, self._lost = concurrent, Counter()
         self._folder, self._suggestions, self._place, self._rungs = folder, suggestions, place, rungs
         waiting = rungs.waiting if rungs else frozenset()
         self._queue = [trial for trial in queue if trial.number not in waiting]
@@ -146,19 +154,41 @@ class Queue(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial's place; None while it depends on those that run whether there is one."""
+        if len(self._numbers) >= self._concurrent:
+            return None
         number = self._next()
         if number is None:
-            return None if self._rungs and self._numbers else Searcher.FINISHED
+            return None if self._numbers else Searcher.FINISHED
         self._numbers[trial_id] = number
         if self._rungs:
             self._rungs.begin(number)
         return self._place | {"number": number}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        """One has ended, or waits at a rung; what it has come to `Watch` reads in its folder."""
+        """One has ended, or waits at a rung; what it has come to `Watch` reads in its folder, and settles errors."""
+        if not error:
+            self.forget(trial_id)
+
+    def holds(self, trial_id: str) -> bool:
+        """Whether it takes one of Ray's trials to run."""
+        return trial_id in self._numbers
+
+    def forget(self, trial_id: str) -> None:
+        """One of Ray's trials is no more."""
         number = self._numbers.pop(trial_id, None)
         if self._rungs and number is not None:
             self._rungs.end(number)
+
+    def again(self, trial_id: str) -> bool:
+        """Takes back a trial whose process Ray has lost before it began; False once that has come too often."""
+        number = self._numbers[trial_id]
+        self._lost[number] += 1
+        if self._lost[number] > RETRIES:
+            self.forget(trial_id)
+            return False
+        del self._numbers[trial_id]
+        self._queue.append(trials.read(trials.folder_of(self._folder, number)))
+        return True
 
     def save(self, checkpoint_path: str) -> None:
         """An empty file: the trials' folders are the memory."""

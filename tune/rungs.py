@@ -16,8 +16,8 @@ from tune.trials import SEED_NUMBER, Sweep, Trial
 class Rungs:
     """Where the trials of a sweep stand; repeats with other seeds are none of them.
 
-    The seed setting never waits: all others are held against its whole course. Where fewer than `reduction` trials come
-    to a rung, the best of them goes on: a sweep ends with a whole trial besides the seed setting's.
+    The seed setting never waits: all others are held against its whole course. Where too few come to a rung for a place
+    besides its own, the best of them goes on: a sweep ends with a whole trial besides the seed setting's.
 
     Args:
         sweep: its grace, reduction, epochs, and number of trials.
@@ -63,6 +63,8 @@ class Rungs:
 
     def report(self, number: int, epoch: int, dice: float) -> bool:
         """Takes the best Dice up to an epoch; returns whether the trial goes on at once."""
+        if number not in self._heading:  # it has been told to stop before
+            return False
         rung = self._heading[number]
         if rung == len(self._epochs) or epoch < self._epochs[rung]:
             return True
@@ -121,8 +123,8 @@ class Rungs:
     def _may_go_on(self, number: int) -> bool:
         rung = self._waiting[number]
         places = len(self._dice[rung]) // self._reduction
-        if places == 0 and self._to_come()[rung] == 0:
-            places = 1
+        if self._to_come()[rung] == 0:
+            places = max(places, self._least(rung))
         return self._rank(number) <= places
 
     def _is_certain(self, number: int) -> bool:
@@ -137,18 +139,22 @@ class Rungs:
 
     def _limits(self) -> list[int]:
         """Of each rung the lowest rank that may ever go on."""
-        return [
-            max(1, (len(told) + most) // self._reduction)
-            for told, most in zip(self._dice, self._to_come(), strict=True)
-        ]
+        return [self._limit(rung, most) for rung, most in enumerate(self._to_come())]
+
+    def _limit(self, rung: int, to_come: int) -> int:
+        return max(self._least(rung), (len(self._dice[rung]) + to_come) // self._reduction)
+
+    def _least(self, rung: int) -> int:
+        """The rank of the best besides the seed setting."""
+        return 2 if self._ranks[rung].get(SEED_NUMBER) == 1 else 1
 
     def _to_come(self) -> list[int]:
         """Of each rung how many trials may yet come there, at the most."""
         found, most = [], self._total - self._begun  # new ones
-        for rung, told in enumerate(self._dice):
+        for rung in range(len(self._epochs)):
             most = max(0, most) + sum(heading == rung for heading in self._heading.values())
             found.append(most)
-            limit = max(1, (len(told) + most) // self._reduction)
+            limit = self._limit(rung, most)
             most += sum(at == rung and self._rank(number) <= limit for number, at in self._waiting.items())
         return found
 

@@ -30,10 +30,11 @@ class Watch(Callback):
         folder: the sweep's.
         shown: the live table.
         suggestions: is told of every end, and of each wait at a rung; None: nobody.
+        queue: the driver's, which takes back trials that Ray has lost.
     """
 
-    def __init__(self, folder: Path, shown: LiveTable, suggestions: Suggestions | None):
-        self._folder, self._shown, self._suggestions = folder, shown, suggestions
+    def __init__(self, folder: Path, shown: LiveTable, suggestions: Suggestions | None, queue: Any):
+        self._folder, self._shown, self._suggestions, self._queue = folder, shown, suggestions, queue
         self._running: dict[str, int] = {}
         self._since_s: dict[str, float] = {}
         self.interrupted = False
@@ -68,13 +69,21 @@ class Watch(Callback):
         self._ended(trial)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """A trial has crashed for the last time."""
+        """A trial has crashed for the last time; or the process that Ray kept for it had died before it began."""
+        began = trial.trial_id in self._since_s
+        if not began and self._queue.holds(trial.trial_id) and self._queue.again(trial.trial_id):
+            return
+        self._queue.forget(trial.trial_id)
         held_s = time.monotonic() - self._since_s.get(trial.trial_id, time.monotonic())
         self._note_crash(trials_folder(self._folder, trial), held_s)
         self._ended(trial)
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
-        """Now and then."""
+        """Now and then. Ray may end a trial without a word, where its process does not let go of the one before."""
+        for trial in trials:
+            if trial.is_finished() and self._queue.holds(trial.trial_id) and not self._queue.again(trial.trial_id):
+                self._note_crash(trials_folder(self._folder, trial), 0.0)
+                self._ended(trial)
         self._shown.tick(lambda: (trials_of(self._folder), list(self._running.values())))
 
     def close(self) -> None:
@@ -99,8 +108,9 @@ class Watch(Callback):
         try:
             results.update(self._folder, trials.read_sweep(self._folder), found, live)
             self.reported = None if live else found
-        except OSError as error:  # a full disk may have room again when the next trial ends
-            print(f"warning: {keeping.in_words(error)}; the results are of before trial {number}", flush=True)
+        except Exception as error:  # a full disk may have room again when the next trial ends; Ray would try again
+            what = keeping.in_words(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            print(f"warning: {what}; the results are of before trial {number}", flush=True)
 
     def _show(self, force: bool = False) -> None:
         self._shown.show(trials_of(self._folder), list(self._running.values()), force)

@@ -71,8 +71,7 @@ class Phase:
         samples = len(queue) + (suggestions.left if suggestions else 0)
         if samples == 0:
             return True
-        left_s = self.left_s
-        if left_s <= 0:
+        if (left_s := self.left_s) <= 0:
             return False
         rungs, scheduler = None, FIFOScheduler()
         if early_stop:
@@ -83,8 +82,8 @@ class Phase:
         place = {"sweep": str(self._folder), "ranks": ranks, "needs": of_rank}
         # Ranks of their own take the devices; the trial itself only waits for them.
         bundle = self._needs if ranks == 1 else {"CPU": 0, "memory": 1}  # a byte: Ray takes no empty request
-        waiting = {trial.number for trial in queue}
-        shown = LiveTable(self._sweep, samples + sum(trial.number not in waiting for trial in known))
+        ended = {trial.number for trial in known} - {trial.number for trial in queue}
+        shown = LiveTable(self._sweep, samples + len(ended))
         asked = Queue(self._folder, queue, suggestions, place, rungs, self._concurrent)
         watch = Watch(self._folder, shown, suggestions, asked)
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self._concurrent)  # Ray would start one after the other

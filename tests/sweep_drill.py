@@ -194,13 +194,13 @@ def losses(before: dict[str, tuple[list[str], str]], told: dict[str, int], sweep
         told: length of each trial's `logs` then: a trial may have waited, and gone on, before.
         sweep: its folder.
     """
-    after = state(sweep)
+    after, later = state(sweep), logs(sweep)
     gone = sum(after.get(name) != (rows, outcome) for name, (rows, outcome) in before.items() if outcome)
     lost_rows = sum(after[name][0][: len(rows)] != rows for name, (rows, _) in before.items())
     failed = sum('"failed"' in outcome for _, outcome in after.values())
     again = [0]
     for name, (rows, outcome) in before.items():
-        log = logs(sweep)[name][told[name] :]
+        log = later[name][told[name] :]
         resumed = [int(epoch) for epoch in re.findall(r"^Resumed after epoch (\d+)", log, re.MULTILINE)]
         if not outcome and rows and resumed:
             again.append(len(rows) - resumed[0])

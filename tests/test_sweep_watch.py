@@ -164,4 +164,5 @@ def test_a_trial_that_ray_ends_without_a_word_is_run_again(tmp_path, watch):
         watch.on_step_end(0, [lost])
         assert trials.read(trials.folder_of(tmp_path, 1)).status == ("failed" if attempt == 2 else "unfinished")
         watch.on_step_end(0, [lost])  # told once
+        assert not watch._running
         assert watch._queue.suggest("id1") == ({"number": 1} if attempt < 2 else Queue.FINISHED)

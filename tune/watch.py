@@ -81,9 +81,11 @@ class Watch(Callback):
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         """Now and then. Ray may end a trial without a word, where its process does not let go of the one before."""
         for trial in trials:
-            if trial.is_finished() and self._queue.holds(trial.trial_id) and not self._queue.again(trial.trial_id):
-                self._note_crash(trials_folder(self._folder, trial), 0.0)
-                self._ended(trial)
+            if self._queue.holds(trial.trial_id) and trial.is_finished():
+                self._running.pop(trial.trial_id, None)
+                if not self._queue.again(trial.trial_id):
+                    self._note_crash(trials_folder(self._folder, trial), 0.0)
+                    self._ended(trial)
         self._shown.tick(lambda: (trials_of(self._folder), list(self._running.values())))
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ def held_bytes(entries: int, entry_bytes: int, *, pinned: bool = False) -> int:
         pinned: whether it is pinned host memory, of which torch takes a power of two.
     """
     slab = _slab_bytes(entry_bytes)
-    in_slab = slab // max(_aligned(entry_bytes), ALIGNMENT_BYTES)
+    in_slab = slab // _aligned(entry_bytes)
     return -(-entries // in_slab) * (1 << (slab - 1).bit_length() if pinned else slab)
 
 
@@ -133,10 +133,11 @@ class MemoryStore:
 
 
 def _aligned(entry_bytes: int) -> int:
-    return -(-entry_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    """What one entry takes of a slab, never nothing."""
+    return max(1, -(-entry_bytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
 
 
 def _slab_bytes(entry_bytes: int) -> int:
     """As many whole entries as SLAB_BYTES hold, one at least."""
-    one = max(_aligned(entry_bytes), ALIGNMENT_BYTES)
+    one = _aligned(entry_bytes)
     return max(1, SLAB_BYTES // one) * one

@@ -1,7 +1,8 @@
 """What early stopping saves and what sharing a GPU gains, in sweeps on the embedded base.
 
-Usage: python3 tests/gpu_sweep.py OUT rates|asha [--epochs 81] [--images 24] [--small] [--folder DIR]
+Usage: python3 tests/gpu_sweep.py OUT rates|ranks|asha [--epochs 81] [--images 24] [--small] [--folder DIR]
   rates  trials per hour with 1, 2, 4 and 8 trials on a GPU (on a CPU: one per core)
+  ranks  trials of two ranks, under ASHA: with two GPUs or more each rank has its own
   asha   27 trials to their end and the same 27 under ASHA: device hours and best Dice, beside the spread between seeds
 OUT/sweep.json receives rows (fields of Figure in gpu_readers.py), each as soon as it is known. --small: few and short
 trials, to see that it runs. --epochs, --images: of asha; fewer on a CPU. DIR keeps the sweeps. Uses the python3 of the
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +36,7 @@ def main() -> int:
     """Measures one part; returns 1 if a sweep failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("part", choices=("rates", "asha"))
+    parser.add_argument("part", choices=("rates", "ranks", "asha"))
     parser.add_argument("--epochs", type=int, default=ASHA_EPOCHS)
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--small", action="store_true")
@@ -53,6 +55,8 @@ def main() -> int:
     match options.part:
         case "rates":
             rates(folder, keep, options.small)
+        case "ranks":
+            ranks(folder, keep, options.small)
         case "asha":
             few = (4, 3, 5, 2)
             asha(folder, keep, *(few if options.small else (ASHA_TRIALS, options.epochs, options.images, SEEDS)))
@@ -67,13 +71,21 @@ def rates(folder: Path, keep, small: bool) -> None:
         number, epochs = (2, 1) if small else (max(RATE_TRIALS, count), RATE_EPOCHS)
         words = ["--num_trials", number, "--num_epochs", epochs, "--no_early_stop", "--max_concurrent", count]
         found = search(folder, f"rate_{count}", *words, "--gpus_per_trial", SHARES[count])
-        # The first process starts before its first row, by what the row says.
-        first = min(row["time"] - row["device_s"] for trial in found for row in trial.rows)
-        last = max(row["time"] for trial in found for row in trial.rows)
-        per_hour = 3600 * len(found) / (last - first)
-        started = statistics.median(row["start_s"] for trial in found for row in trial.rows[:1])
-        note = f"{number} trials of {epochs} epochs; start to first step {started:.1f} s"
-        keep(Figure(f"trials per hour, {count} at a time", per_hour, note=note))
+        note = f"{number} trials of {epochs} epochs; start to first step {start_s(found):.1f} s"
+        keep(Figure(f"trials per hour, {count} at a time", per_hour(found), note=note))
+
+
+def ranks(folder: Path, keep, small: bool) -> None:
+    """Trials that span two GPUs, some of which wait or are stopped."""
+    import torch
+
+    number, epochs, grace = (2, 2, 1) if small else (6, 9, 3)
+    words = ["--num_trials", number, "--num_epochs", epochs, "--grace", grace, "--ranks_per_trial", 2]
+    found = search(folder, "ranks", *words, *(["--gpus_per_trial", 2] if torch.cuda.is_available() else []))
+    ended = ", ".join(f"{status} {count}" for status, count in Counter(trial.status for trial in found).items())
+    note = f"{ended}; epochs {epochs_of(found)}; start to first step {start_s(found):.1f} s"
+    keep(Figure("trials per hour, two ranks each", per_hour(found), note=note))
+    keep(Figure("best Dice with two ranks", trials.best_of(found).dice_so_far))
 
 
 def asha(folder: Path, keep, number: int, epochs: int, images: int, seeds: int) -> None:
@@ -110,6 +122,18 @@ def search(folder: Path, name: str, *words: object) -> list[Trial]:
         command = [sys.executable, ROOT / "tune" / "search.py", *given]
         subprocess.run(list(map(str, command)), check=True)
     return trials.read_all(sweep)
+
+
+def per_hour(found: list[Trial]) -> float:
+    """Trials per hour, from the start of the first process: what a row says of the time before it counts."""
+    first = min(row["time"] - row["device_s"] for trial in found for row in trial.rows)
+    last = max(row["time"] for trial in found for row in trial.rows)
+    return 3600 * len(found) / (last - first)
+
+
+def start_s(found: list[Trial]) -> float:
+    """Seconds from a trial's start to its first step, the median."""
+    return statistics.median(row["start_s"] for trial in found for row in trial.rows[:1])
 
 
 def hours(found: list[Trial]) -> float:

@@ -25,7 +25,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from sft import gloo, zero_json
+from sft import gloo, zero_json, zero_steps
 from sft.config import TrainConfig, UserError, deepspeed_config_path
 from sft.finite import check_weights
 from sft.flat import Layout, Vector, Vectors, layout, vectors_of
@@ -38,7 +38,6 @@ if not torch.cuda.is_available():
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
-from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 
 # The first step would import DeepSpeed's Muon, which is never used here and has itself compiled: a second at least.
@@ -209,7 +208,9 @@ def initialize(
     engine = Engine(model, deepspeed_engine, vectors)
     _create_optimizer_state(engine)
     _forget_gradients_after_step(engine)
-    _clip_without_waiting(engine, config.max_grad_norm)
+    zero = deepspeed_engine.optimizer
+    if vectors and zero.dtype == torch.bfloat16 and not zero.cpu_offload:  # elsewhere it waits for other reasons
+        zero_steps.lighten(zero, config.max_grad_norm)
     return engine
 
 
@@ -457,26 +458,6 @@ def _forget_gradients_after_step(ds_engine: Engine) -> None:
             gradients.zero_()
 
     zero.step = step_then_forget
-
-
-def _clip_without_waiting(ds_engine: Engine, max_grad_norm: float) -> None:
-    """Clips as DeepSpeed does, on the device alone: its own looks at the norm, so the CPU waits for the whole step.
-
-    In bf16 under ZeRO-1 and 2; elsewhere DeepSpeed waits for other reasons. A norm below 0 stands for one not finite.
-    """
-    zero = ds_engine.deepspeed.optimizer
-    if not ds_engine.vectors or zero.dtype != torch.bfloat16 or zero.cpu_offload:
-        return
-
-    def clip(gradients: list[Any], norm: Tensor) -> None:
-        norm = torch.where(norm < 0, torch.inf, norm)
-        factor = 1.0 / torch.clamp((norm + 1e-6) / max_grad_norm, min=1.0)
-        for gradient in gradients:
-            gradient.data.mul_(factor)
-
-    zero.unscale_and_clip_grads = clip
-    # Its own makes the -1 on the host: copying it waits for the whole step, too.
-    stage_1_and_2.mask_nan_or_inf_with_val_inplace = lambda norm, device: norm.masked_fill_(~norm.isfinite(), -1.0)
 
 
 def _set_partition(parameter: nn.Parameter, whole: Tensor, key: str | None) -> None:

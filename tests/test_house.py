@@ -18,7 +18,7 @@ SCRIPTS = ("launch", "tune")
 LAYERS = (
     ("settings", "metrics", "prefetch", "replay", "schedule", "stopwatch", "loss_kernels"),
     ("config", "ranks"),
-    ("devices", "feature_store", "finite", "flat", "gloo", "losses", "synthetic", "zero_json"),
+    ("devices", "feature_store", "finite", "flat", "gloo", "losses", "synthetic", "zero_json", "zero_steps"),
     ("data", "engine", "memory", "model", "report"),
     ("encoders", "gate", "operations", "predict", "provenance", "writer"),
     ("checkpoint", "feature_fill", "pace", "verify"),

@@ -210,7 +210,7 @@ def test_points_are_those_of_the_beginning(begun):
     [
         (["--search", "grid"], "--search with --resume: a sweep goes on as it was begun; may be given anew: address"),
         (["--learning_rate", "1"], "--learning_rate with --resume"),
-        (["--name", "b", "--early_stop", "false"], "--early_stop with --resume"),
+        (["--name", "b", "--no_early_stop"], "--no_early_stop with --resume"),
         (["--config", "x.yaml"], "--config with --resume"),
         (["--num_trials", "3"], "num_trials = 3: the sweep has 4; it can only be raised"),
         (["--num_trials", "x"], "num_trials = x is not allowed"),

@@ -70,6 +70,23 @@ def test_elsewhere_than_on_a_terminal_a_line_tells_what_has_changed(clock):
     ]
 
 
+def test_elsewhere_a_line_tells_who_waits_and_who_goes_on(clock):
+    stream = io.StringIO()
+    shown = LiveTable(small.sweep(), 4, stream)
+    first, other = small.trial(0, [0.5], "unfinished"), small.trial(1, [0.4] * 3, "unfinished")
+    shown.show([first, other], [0, 1])  # of an earlier session
+    later = small.trial(0, [0.5, 0.6, 0.6], "unfinished")
+    shown.show([later, other], [1])
+    shown.show([later, other], [1])
+    shown.show([later, other], [0, 1])
+    shown.close([later, other])  # both are interrupted: neither waits
+    assert stream.getvalue().splitlines() == [
+        "trial 0: epoch 3/9 Dice 0.6000",
+        "trial 0 waits at epoch 3",
+        "trial 0 goes on from epoch 3",
+    ]
+
+
 def test_the_time_left_is_by_epochs_of_this_session(clock):
     sweep = small.sweep(num_trials=6)  # 6 trials to epoch 1; the 2 best, and the seed setting, to 3; 1 and it to 9
     shown = LiveTable(sweep, 6, io.StringIO())

@@ -70,6 +70,15 @@ def test_when_a_trial_ends_the_search_hears_of_it_and_the_best_is_written(tmp_pa
     assert json.loads((folder / "outcome.json").read_text())["status"] == "stopped"
 
 
+@pytest.mark.parametrize(("dice", "best"), [(0.7, 1), (0.4, None)])
+def test_a_trial_that_waits_is_written_where_it_is_the_best_so_far(tmp_path, watch, dice, best):
+    trials.append_row(trials.folder_of(tmp_path, 1), small.rows([dice])[0])
+    watch.on_trial_complete(0, [], small.of_ray(1))
+    written = tmp_path / keeping.BEST_FILE
+    assert written.exists() == (best is not None)
+    assert best is None or written.read_text().startswith(f"# Trial {best} of sweep_1: validation Dice 0.7000")
+
+
 COPY_ERROR = shutil.Error([("a/adapter", "b/adapter", "[Errno 28] No space left on device")] * 2)
 
 

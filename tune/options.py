@@ -193,8 +193,9 @@ def _base_of(file: str | Path) -> dict[str, Any]:
 def _resumed(own: dict[str, Any], flags: dict[str, Any], file: str | None) -> Plan:
     given = {**own, **flags, **({"config": file} if file else {})}
     for key in sorted(given.keys() - AGAIN - {"resume"}):
+        flag = "--no_early_stop" if key == "early_stop" and not given[key] else f"--{key}"
         raise UserError(
-            f"--{key} with --resume: a sweep goes on as it was begun; may be given anew: {', '.join(sorted(AGAIN))}"
+            f"{flag} with --resume: a sweep goes on as it was begun; may be given anew: {', '.join(sorted(AGAIN))}"
         )
     folder = Path(own["resume"]).expanduser().absolute()
     record = trials.read_sweep(folder)

@@ -57,6 +57,7 @@ class LiveTable:
         self._live = stream.isatty()
         self._drawn_lines, self._next_s, self._started_s = 0, 0.0, time.monotonic()
         self._told: dict[int, tuple] = {}
+        self._ran, self._wait = set[int](), set[int]()
         self._epochs_before: int | None = None
 
     def tick(self, now: Callable[[], tuple[Sequence[Trial], Sequence[int]]]) -> None:
@@ -86,7 +87,7 @@ class LiveTable:
         if self._live:
             self._draw("")
         else:
-            self._tell_changes(found, [])
+            self._tell_changes(found, None)
 
     def summary(self, found: Sequence[Trial], running: Sequence[int]) -> str:
         """How many trials, the best, and the time left."""
@@ -106,21 +107,29 @@ class LiveTable:
         left = tally.epochs_left(self._sweep, found, self._total)
         return format_duration((time.monotonic() - self._started_s) / done * left)
 
-    def _tell_changes(self, found: Sequence[Trial], running: Sequence[int]) -> None:
+    def _tell_changes(self, found: Sequence[Trial], running: Sequence[int] | None) -> None:
+        """Lines on what is new; `running` None: the sweep ends, and nothing waits any more."""
         for trial in found:
+            if trial.number in self._wait and trial.number in (running or ()):
+                self._wait.remove(trial.number)
+                self._tell(f"trial {trial.number} goes on from epoch {trial.epoch}")
             before = self._told.get(trial.number, NEW)
             self._told[trial.number] = _state(trial)
-            if before == _state(trial) or before[1] == trial.status != "unfinished":  # its end is told once
-                continue
             if trial.status == "unfinished":
-                dice = f"Dice {trial.rows[-1]['dice']:.4f}"
-                print(f"trial {trial.number}: epoch {trial.epoch}/{self._sweep.num_epochs} {dice}", file=self._stream)
-            else:
+                if before != _state(trial):
+                    dice = f"Dice {trial.rows[-1]['dice']:.4f}"
+                    self._tell(f"trial {trial.number}: epoch {trial.epoch}/{self._sweep.num_epochs} {dice}")
+                if running is not None and trial.number in self._ran.difference(running):
+                    self._wait.add(trial.number)
+                    self._tell(f"trial {trial.number} waits at epoch {trial.epoch}")
+            elif before[1] == "unfinished":  # its end is told once
                 reason = f" ({trial.reason})" if trial.reason else ""
-                print(
-                    f"trial {trial.number} {trial.status}{reason} | {self.summary(found, running)}", file=self._stream
-                )
+                self._tell(f"trial {trial.number} {trial.status}{reason} | {self.summary(found, running or ())}")
+        self._ran = set(running or ())
         self._stream.flush()
+
+    def _tell(self, line: str) -> None:
+        print(line, file=self._stream)
 
     def _draw(self, text: str) -> None:
         columns = shutil.get_terminal_size().columns  # a line that wraps would be two

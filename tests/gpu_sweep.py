@@ -3,7 +3,8 @@
 Usage: python3 tests/gpu_sweep.py OUT rates|ranks|asha [--epochs 81] [--images 24] [--small] [--folder DIR]
   rates  trials per hour with 1, 2, 4 and 8 trials on a GPU (on a CPU: one per core)
   ranks  trials of two ranks, under ASHA: with two GPUs or more each rank has its own
-  asha   27 trials to their end and the same 27 under ASHA: device hours and best Dice, beside the spread between seeds
+  asha   27 trials to their end and the same 27 under ASHA from epoch 3 and, of 81 epochs, from epoch 9: device hours
+         and best Dice, beside the spread between seeds
 OUT/sweep.json receives rows (fields of Figure in gpu_readers.py), each as soon as it is known. --small: few and short
 trials, to see that it runs. --epochs, --images: of asha; fewer on a CPU. DIR keeps the sweeps. Uses the python3 of the
 machine as it is; ray must be there.
@@ -23,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from gpu_readers import Figure  # noqa: E402
 
-from tune import trials  # noqa: E402
+from tune import tally, trials  # noqa: E402
 from tune.trials import Trial  # noqa: E402
 
 SHARES = {1: "1", 2: "0.5", 4: "0.25", 8: "0.125"}
@@ -96,22 +97,38 @@ def asha(folder: Path, keep, number: int, epochs: int, images: int, seeds: int) 
         subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
     words = ["--config", ROOT / "tune" / "demo.yaml", "--space", ROOT / "tune" / "demo_space.yaml"]
     words += ["--data_root", data, "--num_trials", number, "--num_epochs", epochs, "--gpus_per_trial", "0.125"]
-    words += ["--grace", 3 if epochs > 3 else 1]
-    stopped = search(folder, "asha", *words, "--seeds", seeds)
-    own = [trial for trial in stopped if not trial.is_repeat]
-    best = trials.best_of(own)
-    again = [trial.dice_so_far for trial in stopped if trial.origin.startswith(f"trial {best.number},")]
-    spread = statistics.stdev([best.dice_so_far, *again])
-    keep(Figure("best Dice with ASHA", best.dice_so_far, note=f"trial {best.number} of {number}"))
-    keep(Figure("spread of its Dice between seeds", spread, note=f"standard deviation, {1 + len(again)} seeds"))
+    graces = [grace for grace in (3, 9) if epochs >= 9 * grace] or [1]
+    own, best = {}, {}
+    for grace in graces:
+        again = ["--seeds", seeds] if grace == graces[-1] else []
+        found = search(folder, f"asha_{grace}", *words, "--grace", grace, *again)
+        own[grace] = [trial for trial in found if not trial.is_repeat]
+        best[grace] = trials.best_of(own[grace])
+        note = f"trial {best[grace].number} of {number}"
+        keep(Figure(f"best Dice with ASHA from epoch {grace}", best[grace].dice_so_far, note=note))
+    spread, settings = spread_of(found)
+    keep(Figure("spread of Dice between seeds", spread, note=f"of {settings} settings with other seeds, pooled"))
     whole = search(folder, "whole", *words, "--no_early_stop")
     best_whole = trials.best_of(whole)
     keep(Figure("best Dice without early stopping", best_whole.dice_so_far, note=f"trial {best_whole.number}"))
-    share = hours(own) / hours(whole)
-    note = f"{hours(own):.3f} of {hours(whole):.3f} hours; epochs {epochs_of(own)} of {epochs_of(whole)}"
-    keep(Figure("device time of ASHA against no early stopping", share, at_most=0.35, note=note))
-    loss = best_whole.dice_so_far - best.dice_so_far
-    keep(Figure("Dice lost by early stopping", loss, at_most=spread, note="at most the spread between seeds"))
+    for grace in graces:
+        note = (
+            f"{hours(own[grace]):.3f} of {hours(whole):.3f} hours; epochs {epochs_of(own[grace])} of {epochs_of(whole)}"
+        )
+        share = hours(own[grace]) / hours(whole)
+        keep(Figure(f"device time of ASHA from epoch {grace} against none", share, at_most=0.35, note=note))
+        lost = best_whole.dice_so_far - best[grace].dice_so_far
+        keep(Figure(f"Dice lost by ASHA from epoch {grace}", lost, at_most=spread, note="at most the spread"))
+
+
+def spread_of(found: list[Trial]) -> tuple[float, int]:
+    """Standard deviation of the best Dice of whole trials between seeds, pooled over repeated settings; how many."""
+    whole = {trial.number: trial.dice_so_far for trial in found if trial.status == "finished"}
+    groups = [
+        [*again.dices, *([whole[number]] if number in whole else [])] for number, again in tally.repeats(found).items()
+    ]
+    groups = [group for group in groups if len(group) > 1]
+    return statistics.fmean(map(statistics.variance, groups)) ** 0.5, len(groups)
 
 
 def search(folder: Path, name: str, *words: object) -> list[Trial]:

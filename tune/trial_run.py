@@ -46,12 +46,11 @@ def run_trial(place: dict[str, Any]) -> None:
         told = {"sweep": place["sweep"], "number": place["number"], "cpus": place["needs"]["CPU"], "began": began}
         _forks.run(told, tune.report)
         return
-    from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
     folder = trials.folder_of(Path(place["sweep"]), place["number"])
     free_ranks(folder)  # of an attempt before this one
-    trainer = TorchTrainer(
+    trainer = _trainer_class()(
         _rank_of_trial,
         train_loop_config=place,
         scaling_config=ray_train.ScalingConfig(
@@ -62,6 +61,19 @@ def run_trial(place: dict[str, Any]) -> None:
         ),
     )
     trainer.fit()
+
+
+def _trainer_class() -> type:
+    from ray.train.torch import TorchTrainer
+
+    class Trainer(TorchTrainer):
+        """Without the process that Ray Train starts to do what `free_ranks` does: it would outlive the trial."""
+
+        def _create_default_callbacks(self) -> list:
+            callbacks = super()._create_default_callbacks()
+            return [one for one in callbacks if type(one).__name__ != "PlacementGroupCleanerCallback"]
+
+    return Trainer
 
 
 def free_ranks(folder: Path) -> None:

@@ -454,3 +454,15 @@ def test_a_trial_without_room_for_its_checkpoint_has_not_failed(sweep, tmp_path,
     folder = trials.folder_of(tmp_path, 0)
     assert trials.read(folder).status == "unfinished"
     assert "DiskError: checkpoint_latest" in (folder / trial_run.CRASH_FILE).read_text()
+
+
+def test_ray_train_starts_no_process_that_outlives_a_trial_ended_from_outside():
+    """It would wait for Ray's dashboard, which is not there: one process for every trial that is stopped or waits."""
+    from ray.train.torch import TorchTrainer
+
+    def callbacks(kind):
+        return [type(one).__name__ for one in kind(lambda: None)._create_default_callbacks()]
+
+    rays = callbacks(TorchTrainer)
+    assert "PlacementGroupCleanerCallback" in rays
+    assert callbacks(trial_run._trainer_class()) == [one for one in rays if one != "PlacementGroupCleanerCallback"]

@@ -40,7 +40,7 @@ def lighten(zero: Any, max_grad_norm: float) -> None:
 
     zero.get_grad_norm_direct = norm
     zero.unscale_and_clip_grads = clip
-    # Sums over micro-batches are made by the same function, where they are fp32.
+    # The same function also sums micro-batches, where that is in fp32, and orders the streams of overlap_comm.
     summed = any(zero._use_compact_grad_partition_buffer(number) for number in range(len(zero.bit16_groups)))
-    if alone and not summed:
+    if alone and not summed and not zero.overlap_comm:
         zero.average_tensor = lambda *_: None

@@ -80,7 +80,7 @@ def ranks(folder: Path, keep, small: bool) -> None:
     """Trials that span two GPUs, some of which wait or are stopped."""
     import torch
 
-    number, epochs, grace = (2, 2, 1) if small else (6, 9, 3)
+    number, epochs, grace = (2, 2, 1) if small else (4, 6, 2)
     words = ["--num_trials", number, "--num_epochs", epochs, "--grace", grace, "--ranks_per_trial", 2]
     found = search(folder, "ranks", *words, *(["--gpus_per_trial", 2] if torch.cuda.is_available() else []))
     ended = ", ".join(f"{status} {count}" for status, count in Counter(trial.status for trial in found).items())

@@ -1,5 +1,7 @@
 """Steps without DeepSpeed's detours: the same numbers as with them. One rank; two ranks are in test_checkpoint."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import toy
@@ -45,3 +47,15 @@ def test_a_norm_that_is_not_finite_stays_visible_and_moves_no_weight(ranks, tmp_
     gradient = torch.tensor([1.0, -2.0])
     zero.unscale_and_clip_grads([gradient], torch.tensor(-1.0))
     assert not gradient.any()
+
+
+@pytest.mark.parametrize(
+    ("overlap_comm", "fp32_sums", "replaced"), [(False, False, True), (True, False, False), (False, True, False)]
+)
+def test_the_reduction_stays_where_it_does_more_than_reduce(ranks, overlap_comm, fp32_sums, replaced):
+    """It also orders streams, or sums micro-batches."""
+    group = torch.distributed.group.WORLD
+    zero = SimpleNamespace(dp_process_group=group, bit16_groups=[[]], overlap_comm=overlap_comm)
+    zero._use_compact_grad_partition_buffer = lambda number: fp32_sums
+    zero_steps.lighten(zero, 1.0)
+    assert hasattr(zero, "average_tensor") == replaced

@@ -82,8 +82,7 @@ def drill(folder: Path, kind: str, name: str, after: int) -> dict:
         after: validations before the kill.
     """
     sweep, cluster = folder / "sweeps" / name, None
-    environment = os.environ | {"SA2VA_SFT_CACHE": str(folder / "cache"), "RAY_USAGE_STATS_ENABLED": "0"}
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # both nodes and the driver
+    environment = os.environ | environment_of(folder)
     command = ["--config", str(folder / "config.yaml"), "--space", str(folder / "space.yaml"), "--name", name]
     command += ["--num_trials", str(TRIALS), "--storage_path", str(sweep.parent)]
     if kind == "node":
@@ -107,6 +106,12 @@ def drill(folder: Path, kind: str, name: str, after: int) -> dict:
     finally:
         if cluster:
             cluster.stop()
+
+
+def environment_of(folder: Path) -> dict[str, str]:
+    """What a sweep's processes are given: a cache of their own, and Ray's password for both nodes and the driver."""
+    ours = {"SA2VA_SFT_CACHE": str(folder / "cache"), "RAY_USAGE_STATS_ENABLED": "0"}
+    return ours | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def start(command: list[str], environment: dict, sweep: Path) -> subprocess.Popen:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
@@ -20,9 +21,10 @@ EPOCHS, TRIALS = 3, 4
 pytestmark = pytest.mark.slow
 
 
-def search(*arguments: str) -> subprocess.CompletedProcess:
+def search(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "tune" / "search.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=sweep_drill.LIMIT_S)
+    limit_s, whole = sweep_drill.LIMIT_S, os.environ | environment
+    return subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=whole)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,23 @@ def test_a_trial_of_two_ranks_that_is_stopped_gives_its_devices_to_the_next(tmp_
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     found = trials.read_all(tmp_path / "ranks")
     assert {trial.status for trial in found} == {"finished", "stopped"} and len(found) == 3
+
+
+def test_two_nodes_of_an_existing_cluster_share_a_sweep(tmp_path):
+    sweep_drill.write_inputs(tmp_path)
+    environment = sweep_drill.environment_of(tmp_path)
+    paths = ["--config", tmp_path / "config.yaml", "--space", tmp_path / "space.yaml", "--storage_path", tmp_path]
+    cluster = sweep_drill.Cluster(os.environ | environment)
+    try:
+        words = ["--name", "nodes", "--num_trials", 2, "--no_early_stop", "--address", cluster.address]
+        done = search(*map(str, paths + words), **environment)
+    finally:
+        cluster.stop()
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert "2 trials, 2 at a time, each with 0 GPUs and 1 cores" in done.stdout  # of nodes with one core each
+    first, other = trials.read_all(tmp_path / "nodes")
+    assert first.status == other.status == "finished"
+    assert other.rows[0]["time"] - other.rows[0]["device_s"] < first.rows[-1]["time"]  # beside each other
 
 
 def test_ctrl_c_ends_with_one_line_the_table_and_code_130(folder):

@@ -182,13 +182,15 @@ class Features:
 
         def filled(some: Sequence[Sequence[Work]]) -> feature_fill.Filled:
             done = feature_fill.fill(self._store, self._encoders, some, self._load, self._readers, ranks.is_main)
+            on_disk = isinstance(self._store, DiskStore)
             # The others look for them there next; and where nothing else keeps them, so do the steps.
-            if ranks.world_size > 1 or isinstance(self._store, DiskStore):
-                self._store.flush()
+            with contextlib.suppress(*() if on_disk else (UserError,)):  # `rejected` tells of a full disk
+                if ranks.world_size > 1 or on_disk:
+                    self._store.flush()
             return done
 
         shares, waits = zip(*_on_all_ranks(lambda: filled(groups[ranks.rank :: ranks.world_size])), strict=True)
-        # What the others computed and this rank cannot see: there is no disk, or not the same.
+        # What the others computed and this rank cannot see: there is no disk, not the same, or a full one.
         again = max(_on_all_ranks(lambda: filled(groups).entries))
         for pair in {item.pair.name: item.pair for item in items}.values():  # the steps need their masks soon
             self._readers.submit(self._mask, pair)
@@ -199,10 +201,8 @@ class Features:
             hint = "" if self._config.num_workers == "auto" else ": a higher num_workers, or auto, reads faster"
             text += f" ({max(waits):.1f} s of them waiting for images{hint})"
         text += "; the rest was there" if 0 < computed < total else ""
-        text += (
-            "; SAM2's encoder trains, so it is not among them: its input images are kept" * self._encoders.sam2_trains
-        )
-        return text + self._rest()
+        images = "; SAM2's encoder trains, so it is not among them: its input images are kept"
+        return text + images * self._encoders.sam2_trains + self._rest()
 
     def batches(self, plan: Sequence[Sequence[Item]]) -> Iterator[Batch]:
         """Yields one Batch per entry of the plan, in its order; on a GPU the next is put together meanwhile."""

@@ -1,6 +1,8 @@
 """Features: each image is encoded once and comes out as the encoders give it, in every view and whatever is kept."""
 
 import dataclasses
+import errno
+import os
 import shutil
 import threading
 
@@ -15,6 +17,7 @@ from sft import features as room
 from sft.config import TrainConfig, UserError
 from sft.data import Pair, check, read
 from sft.data.views import VIEWS, turned
+from sft.feature_store import disk as disk_room
 from sft.features import Features, Item
 from sft.model import lora, published
 from sft.model.sa2va_internvl import Sa2VAInternVL
@@ -119,6 +122,21 @@ def test_each_image_is_encoded_once_in_a_run(made, pairs):
     for _ in range(3):
         assert len(list(features.batches(plan(pairs, 2)))) == 3
     assert features.calls == {"vision_features_of": 6, "sam2_features": 6}
+
+
+def test_with_a_full_disk_each_rank_computes_all_and_says_so(made, pairs, monkeypatch):
+    """What other ranks have computed does not reach this one then."""
+    features = made()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(disk_room.os, "replace", full)
+    text = features.fill([Item(pair) for pair in pairs], engine.Ranks(0, 0, 2, torch.device("cpu")))
+    assert features.calls == {"vision_features_of": 6, "sam2_features": 6}
+    assert "of 6 computed" in text
+    (told,) = features.rejected()
+    assert "No space left" in told and "kept in memory for this run" in told
 
 
 def test_an_image_that_comes_again_before_it_is_encoded_is_read_and_encoded_once(made, pairs, monkeypatch):

@@ -71,20 +71,19 @@ def test_elsewhere_than_on_a_terminal_a_line_tells_what_has_changed(clock):
 
 
 def test_elsewhere_a_line_tells_who_waits_and_who_goes_on(clock):
-    stream = io.StringIO()
+    stream, terminal = io.StringIO(), Terminal()
     shown = LiveTable(small.sweep(), 4, stream)
-    first, other = small.trial(0, [0.5], "unfinished"), small.trial(1, [0.4] * 3, "unfinished")
+    first, other = small.trial(0, [0.5] * 3, "unfinished"), small.trial(1, [0.4] * 3, "unfinished")
     shown.show([first, other], [0, 1])  # of an earlier session
-    later = small.trial(0, [0.5, 0.6, 0.6], "unfinished")
-    shown.show([later, other], [1])
-    shown.show([later, other], [1])
-    shown.show([later, other], [0, 1])
-    shown.close([later, other])  # both are interrupted: neither waits
-    assert stream.getvalue().splitlines() == [
-        "trial 0: epoch 3/9 Dice 0.6000",
-        "trial 0 waits at epoch 3",
-        "trial 0 goes on from epoch 3",
-    ]
+    shown.show([first, other], [1])
+    shown.waits(first)
+    shown.show([first, other], [1])
+    shown.show([first, other], [0, 1])
+    shown.show([first, other], [1])  # interrupted
+    shown.show([first, other], [0, 1])
+    assert stream.getvalue().splitlines() == ["trial 0 waits at epoch 3", "trial 0 goes on from epoch 3"]
+    LiveTable(small.sweep(), 4, terminal).waits(first)
+    assert terminal.getvalue() == ""
 
 
 def test_the_time_left_is_by_epochs_of_this_session(clock):

@@ -79,6 +79,15 @@ def test_a_trial_that_waits_is_written_where_it_is_the_best_so_far(tmp_path, wat
     assert best is None or written.read_text().startswith(f"# Trial {best} of sweep_1: validation Dice 0.7000")
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_trial_that_waits_is_told_of_and_one_that_is_interrupted_is_not(watch, monkeypatch, waits):
+    told = []
+    monkeypatch.setattr(watch._queue, "waits", lambda number: waits and number == 1)
+    monkeypatch.setattr(watch._shown, "waits", lambda trial: told.append(trial.number))
+    watch.on_trial_complete(0, [], small.of_ray(1))
+    assert told == [1] * waits
+
+
 COPY_ERROR = shutil.Error([("a/adapter", "b/adapter", "[Errno 28] No space left on device")] * 2)
 
 

@@ -172,6 +172,10 @@ class Queue(Searcher):
         """Whether it takes one of Ray's trials to run."""
         return trial_id in self._numbers
 
+    def waits(self, number: int) -> bool:
+        """Whether a trial waits at a rung."""
+        return self._rungs is not None and number in self._rungs.waiting
+
     def forget(self, trial_id: str) -> None:
         """One of Ray's trials is no more."""
         number = self._numbers.pop(trial_id, None)

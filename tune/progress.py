@@ -57,7 +57,7 @@ class LiveTable:
         self._live = stream.isatty()
         self._drawn_lines, self._next_s, self._started_s = 0, 0.0, time.monotonic()
         self._told: dict[int, tuple] = {}
-        self._ran, self._wait = set[int](), set[int]()
+        self._waiting: set[int] = set()
         self._epochs_before: int | None = None
 
     def tick(self, now: Callable[[], tuple[Sequence[Trial], Sequence[int]]]) -> None:
@@ -82,12 +82,19 @@ class LiveTable:
             self._draw("")
         print(line, file=self._stream, flush=True)
 
+    def waits(self, trial: Trial) -> None:
+        """Elsewhere than on a terminal: a line tells of a trial that begins to wait at a rung, and of its going on."""
+        if not self._live:
+            self._waiting.add(trial.number)
+            self._tell(f"trial {trial.number} waits at epoch {trial.epoch}")
+            self._stream.flush()
+
     def close(self, found: Sequence[Trial]) -> None:
         """Takes the live table off the terminal; elsewhere tells what has not been told."""
         if self._live:
             self._draw("")
         else:
-            self._tell_changes(found, None)
+            self._tell_changes(found, [])
 
     def summary(self, found: Sequence[Trial], running: Sequence[int]) -> str:
         """How many trials, the best, and the time left."""
@@ -107,25 +114,21 @@ class LiveTable:
         left = tally.epochs_left(self._sweep, found, self._total)
         return format_duration((time.monotonic() - self._started_s) / done * left)
 
-    def _tell_changes(self, found: Sequence[Trial], running: Sequence[int] | None) -> None:
-        """Lines on what is new; `running` None: the sweep ends, and nothing waits any more."""
+    def _tell_changes(self, found: Sequence[Trial], running: Sequence[int]) -> None:
         for trial in found:
-            if trial.number in self._wait and trial.number in (running or ()):
-                self._wait.remove(trial.number)
+            if trial.number in self._waiting.intersection(running):
+                self._waiting.remove(trial.number)
                 self._tell(f"trial {trial.number} goes on from epoch {trial.epoch}")
             before = self._told.get(trial.number, NEW)
             self._told[trial.number] = _state(trial)
+            if before == _state(trial) or before[1] == trial.status != "unfinished":  # its end is told once
+                continue
             if trial.status == "unfinished":
-                if before != _state(trial):
-                    dice = f"Dice {trial.rows[-1]['dice']:.4f}"
-                    self._tell(f"trial {trial.number}: epoch {trial.epoch}/{self._sweep.num_epochs} {dice}")
-                if running is not None and trial.number in self._ran.difference(running):
-                    self._wait.add(trial.number)
-                    self._tell(f"trial {trial.number} waits at epoch {trial.epoch}")
-            elif before[1] == "unfinished":  # its end is told once
+                dice = f"Dice {trial.rows[-1]['dice']:.4f}"
+                self._tell(f"trial {trial.number}: epoch {trial.epoch}/{self._sweep.num_epochs} {dice}")
+            else:
                 reason = f" ({trial.reason})" if trial.reason else ""
-                self._tell(f"trial {trial.number} {trial.status}{reason} | {self.summary(found, running or ())}")
-        self._ran = set(running or ())
+                self._tell(f"trial {trial.number} {trial.status}{reason} | {self.summary(found, running)}")
         self._stream.flush()
 
     def _tell(self, line: str) -> None:

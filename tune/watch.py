@@ -105,6 +105,8 @@ class Watch(Callback):
         free_ranks(trials_folder(self._folder, trial))
         shutil.rmtree(trials_folder(self._folder, trial) / "ray", ignore_errors=True)
         self._show(force=True)
+        if self._queue.waits(number):
+            self._shown.waits(this)
 
     def _update(self, found: list[Trial], number: int) -> None:
         live = list(self._running.values())

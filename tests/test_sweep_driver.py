@@ -228,6 +228,7 @@ def test_a_trial_that_waits_at_a_rung_is_given_once_it_may_go_on(tmp_path, soon)
     assert queue.suggest("d") is None
     assert rungs.report(3, 1, 0.45) is False
     queue.on_trial_complete("a")
+    assert queue.waits(3) and not queue.waits(1)
     assert rungs.report(1, 3, 0.6) is False
     queue.on_trial_complete("b")
     assert queue.suggest("e") is None and rungs.waiting == {1}  # of five trials one goes on: 2 and 3 are out

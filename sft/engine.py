@@ -29,7 +29,7 @@ from sft import gloo, zero_json, zero_steps
 from sft.config import TrainConfig, UserError, deepspeed_config_path
 from sft.finite import check_weights
 from sft.flat import Layout, Vector, Vectors, layout, vectors_of
-from sft.ranks import ensure_rank, was_launched
+from sft.ranks import ensure_rank, reserve_port, was_launched
 from sft.schedule import learning_rate_factor
 
 # DeepSpeed picks its accelerator while it is imported, so the choice has to stand before that.
@@ -44,6 +44,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 with unittest.mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda one: one)):
     import deepspeed.runtime.zero.muon.original_muon  # noqa: E402
 
+PORT_TRIES = 5
 _LINEAR = nn.functional.linear  # ZeRO-3 replaces it for the whole process, and the other rounds differently
 
 
@@ -130,7 +131,7 @@ def start(config: TrainConfig) -> Ranks:
     steps_on_cpu = backend == "gloo" or zero_json.offloads(zero_json.read(config.deepspeed_config))
     if not steps_on_cpu and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # else each reader and writer copies by as many threads as there are cores
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    _join(backend, alone=world_size == 1)
     return Ranks(rank, local_rank, world_size, device)
 
 
@@ -362,6 +363,18 @@ def _silence() -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     # ZeRO-3 cannot look into the model's own output types; their tensors come from submodules, which it does hook.
     return "unknown inputs or outputs type" not in record.getMessage()
+
+
+def _join(backend: str, alone: bool) -> None:
+    """Makes the process group; a rank alone takes another port where somebody else has come to listen on its own."""
+    for tries_left in reversed(range(PORT_TRIES if alone else 1)):
+        try:
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+            return
+        except torch.distributed.DistNetworkError:
+            if not tries_left:
+                raise
+            os.environ["MASTER_PORT"] = reserve_port()
 
 
 def _pick_device(local_rank: int, precision: str) -> torch.device:

@@ -125,6 +125,20 @@ def test_plain_process_becomes_the_only_rank_on_a_free_port(ranks):
     assert engine.all_reduce_sum(torch.tensor([2**53 + 1], device=ranks.device)).item() == 2**53 + 1
 
 
+@pytest.mark.parametrize("world_size", ["1", "2"])
+def test_a_rank_alone_leaves_a_port_on_which_somebody_listens(world_size):
+    """Reserved is a port only against those that do not set SO_REUSEADDR before they ask for any."""
+    code = "import os, socket; from sft import engine; from sft.config import TrainConfig; other = socket.socket()\n"
+    code += "other.bind(('', 0)); other.listen(); port = str(other.getsockname()[1])\n"
+    code += f"os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='{world_size}', MASTER_ADDR='127.0.0.1')\n"
+    code += "os.environ['MASTER_PORT'] = port; engine.start(TrainConfig(precision='fp32'))\n"
+    code += "engine.barrier(); assert os.environ['MASTER_PORT'] != port; engine.shut_down()"
+    root = DEEPSPEED_CONFIGS.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=120)
+    assert (done.returncode == 0) == (world_size == "1"), done.stderr
+    assert world_size == "1" or "EADDRINUSE" in done.stderr
+
+
 def test_a_first_step_does_not_load_torchs_compiler():
     """It imports DeepSpeed's Muon, whose functions would have themselves compiled; a second, for what is not used."""
     code = """if True:

@@ -112,11 +112,9 @@ def asha(folder: Path, keep, number: int, epochs: int, images: int, seeds: int) 
     best_whole = trials.best_of(whole)
     keep(Figure("best Dice without early stopping", best_whole.dice_so_far, note=f"trial {best_whole.number}"))
     for grace in graces:
-        note = (
-            f"{hours(own[grace]):.3f} of {hours(whole):.3f} hours; epochs {epochs_of(own[grace])} of {epochs_of(whole)}"
-        )
-        share = hours(own[grace]) / hours(whole)
-        keep(Figure(f"device time of ASHA from epoch {grace} against none", share, at_most=0.35, note=note))
+        taken, in_all = hours(own[grace]), hours(whole)
+        note = f"{taken:.3f} of {in_all:.3f} hours; epochs {epochs_of(own[grace])} of {epochs_of(whole)}"
+        keep(Figure(f"device time of ASHA from epoch {grace} against none", taken / in_all, at_most=0.35, note=note))
         lost = best_whole.dice_so_far - best[grace].dice_so_far
         keep(Figure(f"Dice lost by ASHA from epoch {grace}", lost, at_most=spread, note="at most the spread"))
 
@@ -132,12 +130,13 @@ def spread_of(found: list[Trial]) -> tuple[float, int]:
 
 
 def search(folder: Path, name: str, *words: object) -> list[Trial]:
-    """Runs a sweep, or takes the one that is there; gives its trials."""
-    sweep = folder / name
-    if not (sweep / "best.yaml").exists():
+    """Runs a sweep, goes on with one that was cut off, or takes one that has ended; gives its trials."""
+    sweep, ended = folder / name, folder / f"{name}.ended"
+    if not ended.exists():
         given = ["--resume", sweep] if sweep.exists() else ["--storage_path", folder, "--name", name, *words]
         command = [sys.executable, ROOT / "tune" / "search.py", *given]
         subprocess.run(list(map(str, command)), check=True)
+        ended.touch()
     return trials.read_all(sweep)
 
 

@@ -44,6 +44,11 @@ def lock(folder: Path) -> int:
     return descriptor
 
 
+def best_at_rest(found: Sequence[Trial], live: Sequence[int]) -> Trial | None:
+    """The best of those that do not run: nobody writes to its checkpoint."""
+    return best_of([trial for trial in found if trial.number not in live])
+
+
 def keep_best(folder: Path, found: Sequence[Trial], live: Sequence[int]) -> None:
     """Copies the best trial's adapter to best_checkpoint/ and deletes what ended trials no longer need.
 
@@ -52,7 +57,7 @@ def keep_best(folder: Path, found: Sequence[Trial], live: Sequence[int]) -> None
         found: all its trials.
         live: numbers of those that run: they may be writing.
     """
-    best = best_of([trial for trial in found if trial.number not in live])
+    best = best_at_rest(found, live)
     ended = [trial for trial in found if trial.number not in live and trial.status != "unfinished"]
     for trial in ended:  # the losers first: on a full disk that makes the room for the copy
         if trial is not best:
@@ -72,7 +77,7 @@ def write_best(folder: Path, sweep: Sweep, found: Sequence[Trial], live: Sequenc
         found: all its trials.
         live: numbers of those that run: best_checkpoint/ is of another one, too.
     """
-    best = best_of([trial for trial in found if trial.number not in live])
+    best = best_at_rest(found, live)
     if best is None:
         return
     base = TrainConfig(**sweep.base)

@@ -18,7 +18,7 @@ from tune import keeping, results, trials
 from tune.progress import STOPPING, LiveTable
 from tune.suggest import Suggestions
 from tune.trial_run import CRASH_FILE, free_ranks
-from tune.trials import Trial, best_of
+from tune.trials import Trial
 
 RETRIES = 2  # of a trial that crashed, from its last checkpoint
 
@@ -99,7 +99,7 @@ class Watch(Callback):
         this = next(one for one in found if one.number == number)
         if self._suggestions is not None:
             self._suggestions.told(this)
-        best = best_of([one for one in found if one.number not in self._running.values()])
+        best = keeping.best_at_rest(found, list(self._running.values()))
         if this.status != "unfinished" or this is best:  # others that wait at a rung change no result
             self._update(found, number)
         free_ranks(trials_folder(self._folder, trial))

@@ -182,11 +182,9 @@ class Features:
 
         def filled(some: Sequence[Sequence[Work]]) -> feature_fill.Filled:
             done = feature_fill.fill(self._store, self._encoders, some, self._load, self._readers, ranks.is_main)
-            on_disk = isinstance(self._store, DiskStore)
             # The others look for them there next; and where nothing else keeps them, so do the steps.
-            with contextlib.suppress(*() if on_disk else (UserError,)):  # `rejected` tells of a full disk
-                if ranks.world_size > 1 or on_disk:
-                    self._store.flush()
+            if ranks.world_size > 1 or isinstance(self._store, DiskStore):
+                self._store.settle()
             return done
 
         shares, waits = zip(*_on_all_ranks(lambda: filled(groups[ranks.rank :: ranks.world_size])), strict=True)

@@ -7,6 +7,7 @@ knows nothing of models, settings or images; `fingerprints` makes keys that chan
     put(key, entry)  keeps an entry; may return before it is kept
     at_once(key, device)  an entry that is in this device's memory already, or None
     read(key)        an entry, or None: compute it. A damaged one is None too, and `rejected` says why
+    settle()         returns once nothing is being written any more; a full disk behind memory is told in `rejected`
     flush()          returns once everything put is kept
     close()          flush, and stop the threads
 

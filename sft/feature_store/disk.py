@@ -138,10 +138,14 @@ class DiskStore:
         packed = self.read_packed(key)
         return packed.entry() if packed else None
 
-    def flush(self) -> None:
-        """Returns once everything put is on its way to the disk and visible to others; raises as `put` does."""
+    def settle(self) -> None:
+        """Returns once nothing is being written any more; raises as `put` does, of what is not kept elsewhere."""
         wait(list(self._writes))
         self._raise_failure()
+
+    def flush(self) -> None:
+        """Returns once everything put is on its way to the disk and visible to others; raises as `put` does."""
+        self.settle()
         if self._untold:
             raise self._untold
 

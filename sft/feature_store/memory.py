@@ -108,8 +108,13 @@ class MemoryStore:
         packed = self.read_packed(key)
         return packed.entry() if packed else None
 
+    def settle(self) -> None:
+        """Waits for the disk behind; a full one is told among `rejected`."""
+        if self._behind:
+            self._behind.settle()
+
     def flush(self) -> None:
-        """Waits for the disk behind."""
+        """Waits for the disk behind; raises where that is full."""
         if self._behind:
             self._behind.flush()
 

@@ -86,7 +86,8 @@ class LiveTable:
         """Elsewhere than on a terminal: a line tells of a trial that begins to wait at a rung, and of its going on."""
         if not self._live:
             self._waiting.add(trial.number)
-            self.say(f"trial {trial.number} waits at epoch {trial.epoch}")
+            self._tell(f"trial {trial.number} waits at epoch {trial.epoch}")
+            self._stream.flush()
 
     def close(self, found: Sequence[Trial]) -> None:
         """Takes the live table off the terminal; elsewhere tells what has not been told."""
@@ -117,17 +118,21 @@ class LiveTable:
         for trial in found:
             if trial.number in self._waiting.intersection(running):
                 self._waiting.remove(trial.number)
-                self.say(f"trial {trial.number} goes on from epoch {trial.epoch}")
+                self._tell(f"trial {trial.number} goes on from epoch {trial.epoch}")
             before = self._told.get(trial.number, NEW)
             self._told[trial.number] = _state(trial)
             if before == _state(trial) or before[1] == trial.status != "unfinished":  # its end is told once
                 continue
             if trial.status == "unfinished":
                 dice = f"Dice {trial.rows[-1]['dice']:.4f}"
-                self.say(f"trial {trial.number}: epoch {trial.epoch}/{self._sweep.num_epochs} {dice}")
+                self._tell(f"trial {trial.number}: epoch {trial.epoch}/{self._sweep.num_epochs} {dice}")
             else:
                 reason = f" ({trial.reason})" if trial.reason else ""
-                self.say(f"trial {trial.number} {trial.status}{reason} | {self.summary(found, running)}")
+                self._tell(f"trial {trial.number} {trial.status}{reason} | {self.summary(found, running)}")
+        self._stream.flush()
+
+    def _tell(self, line: str) -> None:
+        print(line, file=self._stream)
 
     def _draw(self, text: str) -> None:
         columns = shutil.get_terminal_size().columns  # a line that wraps would be two

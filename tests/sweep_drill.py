@@ -34,7 +34,7 @@ KEPT |= {"num_epochs", "batch_size", "val_batch_size", "seg_rate_samples", "grad
 SPACE = "lora_rank: {choice: [2, 4, 8]}\nlearning_rate: {loguniform: [1.0e-3, 3.0e-2]}\n"
 LIMIT_S = 600
 ACTOR_TITLE = "ray::ImplicitFunc"  # what Ray calls its process for a trial, and
-FORK_SERVER = "tune.fork_server"  # what stands in the command line of the process it starts, and of that one's forks
+FORK_SERVER = "tune.fork_server"  # in the command line of a node's source, of the servers it forks, and of their trials
 
 
 def main() -> int:
@@ -237,7 +237,8 @@ def processes_of(kind: str, driver: int) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in psutil.Process(driver).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                is_fork = FORK_SERVER in process.cmdline() and FORK_SERVER in process.parent().cmdline()
+                line = (process, *process.parents()[:2])
+                is_fork = all(FORK_SERVER in one.cmdline() for one in line)
                 if is_fork if kind == "trial" else "".join(process.cmdline()).startswith(ACTOR_TITLE):
                     found.append(process)
     return found

@@ -357,14 +357,16 @@ def test_ranks_of_a_trial_share_through_ray_and_rank_0_notes_what_they_hold(tmp_
 
 @pytest.mark.parametrize("is_warm", [False, True])
 def test_a_trial_of_one_rank_is_forked_and_counts_from_when_it_got_its_devices(monkeypatch, is_warm):
-    """The first one has them while Ray's process starts and imports; the next ones from their own start on."""
+    """The first one has them while Ray's process starts; the next ones from their own start on."""
     ran, now = [], time.time()
     monkeypatch.setattr(
         trial_run, "_forks", SimpleNamespace(is_warm=is_warm, run=lambda *arguments: ran.append(arguments))
     )
-    run_trial({"sweep": "/a", "number": 3, "ranks": 1, "needs": {"CPU": 4, "GPU": 0}})
-    ((place, report),) = ran
-    assert report is ray.tune.report and place.items() >= {"sweep": "/a", "number": 3, "cpus": 4}.items()
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+    forks = {"there": "far", "here": "near"}
+    run_trial({"sweep": "/a", "number": 3, "ranks": 1, "needs": {"CPU": 4, "GPU": 0}, "forks": forks})
+    ((place, report, source),) = ran
+    assert report is ray.tune.report and source == "near" and place.items() >= {"sweep": "/a", "number": 3, "cpus": 4}.items()
     assert (place["began"] >= now) is is_warm and place["began"] >= trial_run.start_of_process()
 
 

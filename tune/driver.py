@@ -10,8 +10,9 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ray import tune
@@ -40,11 +41,20 @@ class Phase:
         folder: its directory.
         needs: what one trial takes, and
         concurrent: how many run at a time (see `resources`).
+        forks: where a node's process that forks for trials is asked, by node.
     """
 
-    def __init__(self, plan: Plan, sweep: Sweep, folder: Path, needs: dict[str, float], concurrent: int):
+    def __init__(
+        self,
+        plan: Plan,
+        sweep: Sweep,
+        folder: Path,
+        needs: dict[str, float],
+        concurrent: int,
+        forks: Mapping[str, str] = MappingProxyType({}),
+    ):
         self._plan, self._sweep, self._folder = plan, sweep, folder
-        self._needs, self._concurrent = needs, concurrent
+        self._needs, self._concurrent, self._forks = needs, concurrent, dict(forks)
         self._started_s = time.monotonic()
         self.interrupted = False
         """Whether Ctrl-C has been pressed, and told of, while Ray ran."""
@@ -79,7 +89,7 @@ class Phase:
             scheduler = NotedAsha(self._folder, rungs, self._sweep.num_epochs)
         ranks = self._plan.sweep.ranks(self._needs["GPU"])
         of_rank = {"CPU": max(1, self._needs["CPU"] // ranks), "GPU": self._needs["GPU"] / ranks}
-        place = {"sweep": str(self._folder), "ranks": ranks, "needs": of_rank}
+        place = {"sweep": str(self._folder), "ranks": ranks, "needs": of_rank, "forks": self._forks}
         # Ranks of their own take the devices; the trial itself only waits for them.
         bundle = self._needs if ranks == 1 else {"CPU": 0, "memory": 1}  # a byte: Ray takes no empty request
         ended = {trial.number for trial in known} - {trial.number for trial in queue}

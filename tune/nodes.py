@@ -3,6 +3,7 @@
 Takes the sweep's own settings; gives what a trial takes and how many run at a time. Does not know trials.
 """
 
+import contextlib
 import os
 import socket
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from sft.config import TrainConfig
 from sft.ranks import processors, rank_environ
 from sft.settings import UserError
+from tune.fork_server import ForkSource
 from tune.options import ROOT, SweepConfig
 from tune.trial_run import limit_gpu_memory
 
@@ -107,6 +109,32 @@ def resources(sweep: SweepConfig) -> tuple[dict[str, float], int]:
     return {"CPU": cores, "GPU": per_trial}, min(room, sweep.max_concurrent or room)
 
 
+class Forks:
+    """A process on each node that imports, beside the preparation, what trials are forked from; ends with the sweep.
+
+    Args:
+        needs: what one trial takes.
+        ranks: of one trial; several are processes of Ray's own.
+    """
+
+    def __init__(self, needs: dict[str, float], ranks: int) -> None:
+        self._sources = {}
+        if ranks == 1:
+            source = ray.remote(num_cpus=0)(ForkSource)
+            for node in _nodes_for(needs):
+                place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                actor = source.options(scheduling_strategy=place).remote(needs["GPU"] > 0)
+                self._sources[node["NodeID"]] = actor, actor.address.remote()
+
+    def addresses(self) -> dict[str, str]:
+        """Where trials ask, by node; a node that has lost its process has none: its trials import for themselves."""
+        found = {}
+        for node, (_, address) in self._sources.items():
+            with contextlib.suppress(ray.exceptions.RayError):
+                found[node] = ray.get(address)
+        return found
+
+
 def prepare_nodes(config: TrainConfig, needs: dict[str, float]) -> list[Any]:
     """Computes the frozen features once on each node, before any trial.
 
@@ -120,9 +148,7 @@ def prepare_nodes(config: TrainConfig, needs: dict[str, float]) -> list[Any]:
     Raises:
         UserError: a mistake in data, checkpoint or settings.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
-    if needs["GPU"]:
-        nodes = [node for node in nodes if node["Resources"].get("GPU", 0) >= 1] or nodes
+    nodes = _nodes_for(needs)
     cores = min(int(node["Resources"]["CPU"]) for node in nodes)
     # One call per process: a trial in the same process would count its seconds as its own.
     options = {"num_cpus": cores, "num_gpus": 1 if needs["GPU"] else 0, "max_retries": 1, "max_calls": 1}
@@ -133,6 +159,14 @@ def prepare_nodes(config: TrainConfig, needs: dict[str, float]) -> list[Any]:
         if isinstance(one, str):
             raise UserError(one)
     return found
+
+
+def _nodes_for(needs: dict[str, float]) -> list[dict[str, Any]]:
+    """The nodes on which trials may run."""
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    if needs["GPU"]:
+        nodes = [node for node in nodes if node["Resources"].get("GPU", 0) >= 1] or nodes
+    return nodes
 
 
 def _prepare(config: TrainConfig, gpus_per_trial: float) -> Any:

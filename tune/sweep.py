@@ -68,13 +68,15 @@ def _drive(plan: Plan, folder: Path, gpus: list[str]) -> int:
         plan = dataclasses.replace(plan, seed_setting=share_features(plan.seed_setting, needs["GPU"]))
         base = dataclasses.asdict(plan.seed_setting)
         sweep = dataclasses.replace(sweep, gpus_per_trial=needs["GPU"], base=base)
+        forks = nodes.Forks(needs, plan.sweep.ranks(needs["GPU"]))
         plan, sweep = prepare(plan, sweep, folder, needs, concurrent)
+        phase = driver.Phase(plan, sweep, folder, needs, concurrent, forks.addresses())
     except BaseException:
         if not plan.resumed:
             shutil.rmtree(folder, ignore_errors=True)  # it holds no trial, and its name is wanted again
         raise
     try:
-        as_asked = _search_and_conclude(driver.Phase(plan, sweep, folder, needs, concurrent), plan, sweep, folder)
+        as_asked = _search_and_conclude(phase, plan, sweep, folder)
     except OSError as error:
         if error.errno not in NO_ROOM and not isinstance(error, shutil.Error):
             raise

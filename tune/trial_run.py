@@ -35,16 +35,18 @@ def run_trial(place: dict[str, Any]) -> None:
     """Ray's trainable: one rank here, or several in processes of their own under Ray Train.
 
     Args:
-        place: `sweep` (folder), `number`, `ranks`, and of each rank `needs` (CPU, GPU).
+        place: `sweep` (folder), `number`, `ranks`, of each rank `needs` (CPU, GPU), and `forks`: where a node's
+            `ForkSource` is asked.
     """
+    import ray
     from ray import train as ray_train
     from ray import tune
 
     if place["ranks"] == 1:
-        # The first one waits for this process and for its imports; Ray gives the process to another one then.
+        # The first one waits for this process; Ray gives the process to another one then.
         began = time.time() if _forks.is_warm else start_of_process()
         told = {"sweep": place["sweep"], "number": place["number"], "cpus": place["needs"]["CPU"], "began": began}
-        _forks.run(told, tune.report)
+        _forks.run(told, tune.report, place["forks"].get(ray.get_runtime_context().get_node_id()))
         return
     from ray.tune.integration.ray_train import TuneReportCallback
 

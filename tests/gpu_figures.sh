@@ -12,7 +12,7 @@
 #   sizes     load, train, save, export: 8b internlm2-8b qwen2_5vl-3b qwen2_5vl-7b qwen3vl-4b 4b (cold)
 #   tests     pytest -m gpu, then the tests of engine, checkpoints and training, which take the GPU where there is one
 #   batches   what batch 1, 4 and 16 reach in Dice at equal epochs and at equal time, on the demo: tests/gpu_batch_sizes.py
-#   sweep     trials per hour (rates), trials of two ranks (ranks), what early stopping saves (asha): needs ray
+#   sweep     trials per hour (rates, rates8), trials of two ranks (ranks), what early stopping saves (asha): needs ray
 # OUT receives figures.md, figures.json and logs.tar.gz, eight files at most. Rows of an earlier call stay.
 # A command has a time limit of its own; a failure does not keep the others from running.
 #   LIMIT_S=580          seconds for the whole call: what no longer fits is named as not run

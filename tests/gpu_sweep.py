@@ -1,10 +1,10 @@
 """What early stopping saves and what sharing a GPU gains, in sweeps on the embedded base.
 
-Usage: python3 tests/gpu_sweep.py OUT rates|ranks|asha [--epochs 81] [--images 24] [--small] [--folder DIR]
-  rates  trials per hour with 1, 2, 4 and 8 trials on a GPU (on a CPU: one per core)
+Usage: python3 tests/gpu_sweep.py OUT rates|ranks|asha [--epochs 27] [--images 320] [--small] [--folder DIR]
+  rates  trials per hour with 1, 2, 4 and 8 trials on a GPU (on a CPU: one per core), or with --at_a_time of them
   ranks  trials of two ranks, under ASHA: with two GPUs or more each rank has its own
   asha   27 trials to their end and the same 27 under ASHA from epoch 3 and, of 81 epochs, from epoch 9: device hours
-         and best Dice, beside the spread between seeds
+         and best Dice, beside the spread between seeds; with few images starts are a large part of the hours
 OUT/sweep.json receives rows (fields of Figure in gpu_readers.py), each as soon as it is known. --small: few and short
 trials, to see that it runs. --epochs, --images: of asha; fewer on a CPU. DIR keeps the sweeps. Uses the python3 of the
 machine as it is; ray must be there.
@@ -29,8 +29,8 @@ from tune.trials import Trial  # noqa: E402
 
 SHARES = {1: "1", 2: "0.5", 4: "0.25", 8: "0.125"}
 RATE_TRIALS, RATE_EPOCHS = 8, 4
-# The bracket of the Hyperband paper (its section 3.2): 27 trials, epochs 3, 9, 27, 81.
-ASHA_TRIALS, ASHA_EPOCHS, IMAGES, SEEDS = 27, 81, 24, 3
+# Epochs 3, 9, 27: of 81, as in the Hyperband paper (its section 3.2), the third lies in the warm-up.
+ASHA_TRIALS, ASHA_EPOCHS, IMAGES, SEEDS = 27, 27, 320, 3
 
 
 def main() -> int:
@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("part", choices=("rates", "ranks", "asha"))
     parser.add_argument("--epochs", type=int, default=ASHA_EPOCHS)
     parser.add_argument("--images", type=int, default=IMAGES)
+    parser.add_argument("--at_a_time", type=int, choices=tuple(SHARES), nargs="+")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
@@ -55,7 +56,7 @@ def main() -> int:
 
     match options.part:
         case "rates":
-            rates(folder, keep, options.small)
+            rates(folder, keep, options.small, options.at_a_time)
         case "ranks":
             ranks(folder, keep, options.small)
         case "asha":
@@ -64,11 +65,11 @@ def main() -> int:
     return 0
 
 
-def rates(folder: Path, keep, small: bool) -> None:
+def rates(folder: Path, keep, small: bool, at_a_time: list[int] | None) -> None:
     """Trials per hour for each number of trials at a time."""
     import torch
 
-    for count in SHARES if torch.cuda.is_available() else (1, 2):
+    for count in at_a_time or (SHARES if torch.cuda.is_available() else (1, 2)):
         number, epochs = (2, 1) if small else (max(RATE_TRIALS, count), RATE_EPOCHS)
         words = ["--num_trials", number, "--num_epochs", epochs, "--no_early_stop", "--max_concurrent", count]
         found = search(folder, f"rate_{count}", *words, "--gpus_per_trial", SHARES[count])

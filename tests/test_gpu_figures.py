@@ -1,5 +1,6 @@
 """Protects the script that takes the figures of a GPU: every command leaves its rows, ended, failed or out of time."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -68,6 +69,25 @@ def test_a_part_leaves_a_row_with_a_number_and_a_failing_one_does_not_stop_it(fo
     assert f"| loss | {loss['what']} | - | {loss['measured']} | `{loss['command']}` |" in table
     with tarfile.open(folder / "logs.tar.gz") as archive:
         assert {"loss.txt", "loss/losses.json", "sizes_5b.txt"} <= set(archive.getnames())
+
+
+def test_lanes_run_beside_each_other_each_with_its_own_gpus_and_rows_of_all_come_back(tmp_path):
+    """A stand-in for Python notes the GPUs it sees, and leaves a row as `gpu_figures.py` does."""
+    stand_in, out = tmp_path / "bin" / "python3", tmp_path / "out"
+    stand_in.parent.mkdir()
+    stand_in.write_text('#!/bin/sh\necho "| $3 | $CUDA_VISIBLE_DEVICES |" >> "$2/figures.md"\n')
+    stand_in.chmod(0o755)
+    environ = {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "FIGURES_FOLDER": str(tmp_path / "work")}
+    command = ["bash", str(ROOT / "tests" / "gpu_lanes.sh"), str(out)]
+    run = functools.partial(subprocess.run, env=os.environ | environ, capture_output=True, text=True, timeout=60)
+    done = run([*command, "1 loss", "2 sweep:ranks,asha"])
+    assert done.returncode == 0, done.stderr
+    expected = ["| loss | 0 |", "| sweep:ranks | 1,2 |", "| sweep:asha | 1,2 |"]
+    assert (out / "figures.md").read_text().splitlines() == expected
+    with tarfile.open(out / "lanes.tar.gz") as archive:
+        assert {"./1/log", "./2/log", "./2/out/figures.md"} <= set(archive.getnames())
+    for lanes in ((), ("loss",), ("0 loss",)):
+        assert run([*command, *lanes]).returncode == 2
 
 
 def test_the_commands_of_the_4b_shape_are_understood(folder):

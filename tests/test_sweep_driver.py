@@ -75,6 +75,7 @@ def without_trials(monkeypatch):
     """Up to the search, whose place `sweep.search` is, and after it."""
     monkeypatch.setattr(nodes, "start_ray", lambda *_: None)
     monkeypatch.setattr(nodes, "resources", lambda _: ({"CPU": 1, "GPU": 0.0}, 1))
+    monkeypatch.setattr(nodes, "Forks", lambda *_: SimpleNamespace(addresses=dict))
     monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sweep, "prepare", lambda plan, record, *_: (plan, record))
     monkeypatch.setattr(sweep, "search", lambda *_: True)
@@ -363,6 +364,7 @@ def test_a_sweep_whose_time_is_over_has_ended_as_asked(
     monkeypatch.setattr(driver.time, "monotonic", lambda: now["s"])
     monkeypatch.setattr(nodes, "start_ray", lambda *_: None)
     monkeypatch.setattr(nodes, "resources", lambda _: ({"CPU": 1, "GPU": 0.0}, 1))
+    monkeypatch.setattr(nodes, "Forks", lambda *_: SimpleNamespace(addresses=dict))
     monkeypatch.setattr(sweep, "prepare", lambda plan, record, *_: (plan, record))
     monkeypatch.setattr(results, "write", lambda *_: None)
     monkeypatch.setattr(results, "verdict", lambda *_: "a verdict")

@@ -137,3 +137,29 @@ def test_where_nobody_listens_ray_is_not_asked(monkeypatch, form):
             nodes.start_ray(form.format(holder.getsockname()[1]), [])
     with pytest.raises(UserError, match=f"address localhost:{10**30}: no Ray cluster answers"):
         nodes.start_ray(f"localhost:{10**30}", [])
+
+
+def test_a_node_whose_process_is_lost_gives_no_address_and_several_ranks_need_none(monkeypatch):
+    """Its trials import for themselves; Ray Train starts processes of its own."""
+    started, lost = [], ray.exceptions.ActorDiedError()
+
+    def actor(node: str, with_gpus: bool) -> SimpleNamespace:
+        started.append((node, with_gpus))
+        return SimpleNamespace(address=SimpleNamespace(remote=lambda: node))
+
+    def options(scheduling_strategy):
+        return SimpleNamespace(remote=lambda with_gpus: actor(scheduling_strategy.node_id, with_gpus))
+
+    def get(address: str) -> str:
+        if address == "b":
+            raise lost
+        return f"at {address}"
+
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda _: SimpleNamespace(options=options))
+    monkeypatch.setattr(ray, "get", get)
+    told = [{"NodeID": name, "Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}} for name in "ab"]
+    monkeypatch.setattr(ray, "nodes", lambda: told)
+    monkeypatch.setattr(nodes, "NodeAffinitySchedulingStrategy", lambda node, soft: SimpleNamespace(node_id=node))
+    assert nodes.Forks({"CPU": 1, "GPU": 0.5}, 1).addresses() == {"a": "at a"}
+    assert started == [("a", True), ("b", True)]
+    assert nodes.Forks({"CPU": 2, "GPU": 2}, 2).addresses() == {} and len(started) == 2

@@ -366,7 +366,11 @@ def test_a_trial_of_one_rank_is_forked_and_counts_from_when_it_got_its_devices(m
     forks = {"there": "far", "here": "near"}
     run_trial({"sweep": "/a", "number": 3, "ranks": 1, "needs": {"CPU": 4, "GPU": 0}, "forks": forks})
     ((place, report, source),) = ran
-    assert report is ray.tune.report and source == "near" and place.items() >= {"sweep": "/a", "number": 3, "cpus": 4}.items()
+    assert (
+        report is ray.tune.report
+        and source == "near"
+        and place.items() >= {"sweep": "/a", "number": 3, "cpus": 4}.items()
+    )
     assert (place["began"] >= now) is is_warm and place["began"] >= trial_run.start_of_process()
 
 

@@ -26,8 +26,6 @@ from typing import Any, NoReturn
 
 # torch counts GPUs without touching CUDA, which a fork could not use after that.
 ENVIRONMENT = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-
-
 FOR_NODE = "node"  # in place of a trial, in the command line of a source's process
 
 
@@ -177,7 +175,7 @@ def _serve_one(connection: Connection, asked: socket.socket) -> int:
     with contextlib.suppress(EOFError, ConnectionError):
         environ, directory = connection.recv()
         os.environ.clear()
-        os.environ.update(environ)
+        os.environ.update(environ | ENVIRONMENT)
         os.chdir(directory)
         if threads := environ.get("OMP_NUM_THREADS"):  # read when it was loaded
             torch.set_num_threads(int(threads))

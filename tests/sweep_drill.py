@@ -33,7 +33,7 @@ KEPT = {"model_path", "data_root", "val_list", "lora_rank", "lora_alpha", "lora_
 KEPT |= {"num_epochs", "batch_size", "val_batch_size", "seg_rate_samples", "gradient_checkpointing", "num_workers"}
 SPACE = "lora_rank: {choice: [2, 4, 8]}\nlearning_rate: {loguniform: [1.0e-3, 3.0e-2]}\n"
 LIMIT_S = 600
-ACTOR_TITLE = "ray::ImplicitFunc"  # what Ray calls its process for a trial, and
+ACTOR_TITLE = "ray::ImplicitFunc"  # what Ray calls its process for a trial
 FORK_SERVER = "tune.fork_server"  # in the command line of a node's source, of the servers it forks, and of their trials
 
 

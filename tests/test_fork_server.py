@@ -198,7 +198,7 @@ def test_where_a_fork_could_not_use_the_gpu_each_trial_has_a_process_of_its_own(
 
 
 LOOK = """
-import os, sys, torch
+import os, torch
 from tune import trial_run
 def look(report, **place):
     report({"name": os.environ.get("NAME"), "directory": os.getcwd(), "threads": torch.get_num_threads()})
@@ -248,7 +248,7 @@ def test_where_the_source_is_gone_the_server_imports_for_itself(place, paths):
     forks.close()
 
 
-def test_a_source_outlives_neither_its_process_nor_takes_trials_along(place, paths):
+def test_a_source_neither_outlives_its_process_nor_takes_trials_along(place, paths):
     source = ForkSource(with_gpus=False)
     forks, told = Forks(source), []
 

@@ -10,9 +10,8 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ray import tune
@@ -41,7 +40,7 @@ class Phase:
         folder: its directory.
         needs: what one trial takes, and
         concurrent: how many run at a time (see `resources`).
-        forks: where a node's process that forks for trials is asked, by node.
+        forks: where a node's process that forks for trials is asked, by node; None: on no node is one.
     """
 
     def __init__(
@@ -51,10 +50,10 @@ class Phase:
         folder: Path,
         needs: dict[str, float],
         concurrent: int,
-        forks: Mapping[str, str] = MappingProxyType({}),
+        forks: dict[str, str] | None = None,
     ):
         self._plan, self._sweep, self._folder = plan, sweep, folder
-        self._needs, self._concurrent, self._forks = needs, concurrent, dict(forks)
+        self._needs, self._concurrent, self._forks = needs, concurrent, forks or {}
         self._started_s = time.monotonic()
         self.interrupted = False
         """Whether Ctrl-C has been pressed, and told of, while Ray ran."""

@@ -1,4 +1,4 @@
-"""Ray's nodes: started here or joined, what of them one trial takes, and the frozen features, computed on each.
+"""Ray's nodes: started here or joined, what of them one trial takes, and what each prepares for all trials.
 
 Takes the sweep's own settings; gives what a trial takes and how many run at a time. Does not know trials.
 """
